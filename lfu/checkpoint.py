@@ -1,0 +1,269 @@
+"""Files: what is read from disk is checked before it is used; what is written appears whole or not at all.
+
+Reading is strict, because a tensor that is silently missing or misnamed costs days: every error names the file and the
+tensor. Writing goes to a sibling of the target, is flushed to the disk, and is renamed into place, so a reader (and a run
+that is resumed after a power cut) sees the old state or the new one, never half of either.
+
+Read next: `cli.py`, which puts everything together.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lfu import InputError
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder `model` names; a hub id such as "org/name" is downloaded (or found in the cache) first."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/")):
+        raise InputError(f"{model} is neither a folder nor a hub id of the form 'organisation/name'.")
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=MODEL_FILES))
+    except Exception as error:
+        # The hub client raises many kinds (network, authentication, not found), all with one remedy.
+        raise InputError(
+            f"There is no folder {model}, and the hub did not give it: {error}. Check the name, the network, and that "
+            "you may read the repository (HF_TOKEN); or pass a folder."
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`; InputError if the file is missing, not JSON, or not an object."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+# --- reading tensors ------------------------------------------------------------------------------
+
+
+def read_tensors(
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    *,
+    optional: Iterable[str] = (),
+    ignored: Iterable[str] = (),
+    stem: str = "model",
+    device: str | torch.device = "cpu",
+) -> dict[str, Tensor]:
+    """Exactly the tensors `shapes` names, from `folder`/`stem`.safetensors or its index and shards.
+
+    On the CPU the tensors are views of the memory-mapped file; elsewhere each goes straight to the device. Names in
+    `optional` may be absent, names that end as one of `ignored` are passed over. Everything else that is missing,
+    unexpected or mis-shaped raises InputError before the first tensor is read.
+    """
+    optional, ignored = set(optional), tuple(ignored)
+    files = {name: file for name, file in tensor_files(folder, stem).items() if not name.endswith(ignored)}
+    missing = [name for name in shapes if name not in files and name not in optional]
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} tensors that its configuration implies: {some(missing)}.")
+    unexpected = [name for name in files if name not in shapes]
+    if unexpected:
+        raise InputError(
+            f"{folder} holds {len(unexpected)} tensors that the model has no place for: {some(unexpected)}."
+        )
+    opened = {file: open_safetensors(file, device) for file in sorted(set(files.values()))}
+    for name, file in files.items():
+        check_tensor(name, file, opened[file], shapes[name])
+    return {name: opened[file].get_tensor(name) for name, file in files.items()}
+
+
+def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
+    """Tensor name -> the file that holds it, from the single file or from the index."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return dict.fromkeys(open_safetensors(single).keys(), single)
+    if not index.is_file():
+        raise InputError(f"{folder} has neither {single.name} nor {index.name}.")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index} has no 'weight_map' from tensor names to file names.")
+    absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+    if absent:
+        raise InputError(f"{index} names files that are not there: {some(absent)}. Download them again.")
+    files = {name: folder / file for name, file in weight_map.items()}
+    for file in set(files.values()):
+        held, promised = set(open_safetensors(file).keys()), {name for name in files if files[name] == file}
+        if held != promised:
+            raise InputError(f"{index} and {file.name} disagree about these tensors: {some(sorted(held ^ promised))}.")
+    return files
+
+
+def open_safetensors(file: Path, device: str | torch.device = "cpu"):
+    """An open safetensors file; InputError if it is truncated or is not one."""
+    try:
+        return safe_open(file, framework="pt", device=str(device))
+    except SafetensorError as error:
+        raise InputError(
+            f"{file} is not a complete safetensors file ({error}). It may be a partial download or a Git LFS pointer: "
+            "download it again."
+        ) from error
+
+
+def check_tensor(name: str, file: Path, opened, shape: tuple[int, ...]) -> None:
+    """InputError unless the stored tensor has this shape and a floating-point type."""
+    stored = opened.get_slice(name)
+    if tuple(stored.get_shape()) != shape:
+        raise InputError(f"{file}: {name} has shape {tuple(stored.get_shape())}, the configuration implies {shape}.")
+    if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        raise InputError(f"{file}: {name} is stored as {stored.get_dtype()}; quantised weights are not supported.")
+
+
+def some(names: list[str], count: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling to write into; on success it replaces `target` in one rename, on an error it vanishes."""
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            flush(file)
+        replaced = target.with_name(f"{target.name}.{os.getpid()}.old.tmp")
+        if target.exists():
+            target.rename(replaced)
+        temporary.rename(target)
+        flush(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
+        temporary.replace(target)
+        flush(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(target: Path, value: dict) -> None:
+    """Write a JSON object that appears whole or not at all."""
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(target: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file readable by whoever may read its folder (the library itself would say 0600)."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, target, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{target} could not be written: {error}. Is the disk full?") from error
+    umask = os.umask(0)
+    os.umask(umask)
+    target.chmod(0o666 & ~umask)
+
+
+def flush(path: Path) -> None:
+    """Ask the system to put a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file; safetensors itself has none."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- training runs ---------------------------------------------------------------------------------
+
+
+def fingerprint(folder: Path) -> str:
+    """A checksum that tells one model folder from another without reading 16 GB: the configuration, and of each weight
+    file its size and its first and last mebibyte."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """The optimizer's moments, the number of steps done, and checksums of every tensor file in the folder."""
+    moments = optimizer.state_dict()["state"]
+    write_tensors(
+        folder / "optimizer.safetensors",
+        {f"{index}.{name}": value for index, state in moments.items() for name, value in state.items()},
+    )
+    checksums = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    write_json(folder / "state.json", {"step": step, "sha256": checksums})
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
+    """Put the saved moments back into a fresh optimizer; returns the number of steps done."""
+    state = read_json(folder / "state.json")
+    for name, checksum in state["sha256"].items():
+        if not (folder / name).is_file() or sha256(folder / name) != checksum:
+            raise InputError(f"{folder / name} is damaged: its checksum is not the one in state.json.")
+    moments: dict[int, dict[str, Tensor]] = {}
+    opened = open_safetensors(folder / "optimizer.safetensors")
+    for key in opened.keys():  # noqa: SIM118, the file is not a dict
+        index, name = key.split(".")
+        moments.setdefault(int(index), {})[name] = opened.get_tensor(key)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    return state["step"]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.suffix != ".tmp"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def keep_last(run: Path, count: int) -> None:
+    """Remove all but the last `count` checkpoints."""
+    for old in checkpoints(run)[:-count]:
+        shutil.rmtree(old)
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop the log lines of steps after `step`: a resumed run will write them again."""
+    if path.is_file():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))

@@ -1,0 +1,298 @@
+"""The `lfu` command: train, eval, generate, merge.
+
+Each verb is a function of one options object, so `lfu train --model M --data D --out O` and
+`train(TrainOptions(model=M, data=D, out=O))` are the same thing. Everything is checked before work starts (options, data,
+tokenizer, then weights), and nothing computed is lost: a run's folder holds its resolved settings, a log line per step,
+and checkpoints from which `--resume` continues exactly.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
+
+from lfu import InputError, __version__, checkpoint, data, lora, methods, model
+from lfu import train as training
+from lfu.data import TEMPLATES
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+def option(help: str, default: Any = MISSING, **how: Any) -> Any:
+    """A field of an options object that is also a command-line option. Without a default it is required."""
+    return field(default=default, metadata={"help": help, **how})
+
+
+def numbers(text: str) -> list[int]:
+    """Block numbers such as "1-11" or "1,4,9-12"."""
+    spans = [part.split("-") for part in text.split(",")]
+    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
+
+
+# --- train -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    model: str = option("model folder, or hub id such as meta-llama/Llama-3.1-8B")
+    data: str = option("JSONL file of questions and answers")
+    out: str = option("folder of the run; must not hold another one")
+    method: str = option("what to train with", "lfu-lora", choices=list(methods.METHODS))
+    alpha: float | None = option("length of the undesirable step (default: the published one of the method)", None)
+    lam: float | None = option("weight λ of the consistency loss (default: the published one)", None, flag="--lambda")
+    layers: list[int] | None = option("blocks to compare, such as 1-11 (default: all)", None, type=numbers)
+    norm: str | None = option("mean: mean over features (default); sum: as printed in Eq. 5", None)
+    rank: int = option("rank of the LoRA", 8)
+    lora_alpha: float = option("scale of the LoRA times its rank", 16.0)
+    epochs: int = option("passes over the data", 3)
+    batch_size: int = option("rows per optimizer step", 16)
+    micro_batch_size: int = option("rows per gradient; a setting of LfU, which ascends once per micro-batch", 4)
+    learning_rate: float = option("peak learning rate", 1e-4)
+    warmup: float = option("share of the steps in which the learning rate rises", 0.1)
+    weight_decay: float = option("weight decay of AdamW", 0.0)
+    max_grad_norm: float = option("the gradient of a step is scaled down to this norm", 1.0)
+    seed: int = option("seed of initialisation and order", 42)
+    template: str = option("how a question becomes a prompt", "alpaca", choices=list(TEMPLATES))
+    bos: bool = option("put the BOS token before the prompt, where the tokenizer does", True)
+    question: str = option("name of the question column", "question")
+    answer: str = option("name of the answer column", "answer")
+    max_length: int = option("longest row, in tokens", 2048)
+    limit: int | None = option("use only the first rows of the file", None)
+    drop: bool = option("leave out rows that cannot be used, instead of stopping", False)
+    dtype: str | None = option("dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES))
+    device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda where there is one)", None)
+    save_every: int | None = option("steps between checkpoints (default: an epoch)", None)
+    keep: int = option("how many of the last checkpoints to keep", 1)
+    resume: bool = option("continue the run in OUT from its last checkpoint", False)
+
+
+MAY_CHANGE = ("model", "data", "out", "device", "save_every", "keep", "resume")
+"""Options that a resumed run may give anew: what they point to is compared by checksum instead, or does not matter."""
+
+
+def train(options: TrainOptions) -> Path:
+    """Fine-tune an adapter; returns its folder, OUT/adapter. InputError for anything that cannot be used."""
+    out, folder = Path(options.out), checkpoint.local_folder(options.model)
+    config = model.read_config(folder / "config.json")
+    method, chosen = methods.bind(
+        options.method, config, scale=options.lora_alpha / options.rank,
+        alpha=options.alpha, lam=options.lam, layers=options.layers, norm=options.norm,
+    )  # fmt: skip
+    schedule = training.Settings(**{name: getattr(options, name) for name in training.Settings._fields})
+    training.require_usable(schedule)
+    examples = read_examples(options, folder, config)
+    task = lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
+    settings = resolved(options, folder, chosen)
+    claim(out, settings, options.resume)
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config, base = model.load(folder, dtype=DTYPES.get(options.dtype), device=device)
+    task = tree_map(lambda tensor: tensor.to(device, model.stream_dtype(base)), task)
+    print_memory(base, task)
+    optimizer, first = training.adamw(task, schedule), 0
+    if saved := checkpoint.checkpoints(out):
+        first = restore(saved[-1], config, task, optimizer)
+        print(f"Resuming after step {first}.")
+    run = Run(out, settings, options.save_every or training.steps_per_epoch(len(examples), schedule), options.keep)
+    steps = training.train(config, base, task, optimizer, examples, method, schedule, first)
+    follow(run, steps, task, optimizer, first, training.total_steps(len(examples), schedule))
+    return out / "adapter"
+
+
+def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> list[data.Example]:
+    """The tokenised rows; prints how many there are and which were left out."""
+    codec = data.load_codec(folder, config.vocab_size)
+    rows = data.read_rows(options.data, question=options.question, answer=options.answer)[: options.limit]
+    form = data.Format(options.template, options.bos)
+    examples, dropped = data.encode_rows(
+        options.data, rows, codec, form, max_length=options.max_length, drop=options.drop
+    )
+    supervised = sum(example.supervised for example in examples)
+    print(f"{options.data}: {len(examples)} rows, {supervised} tokens with loss, {len(dropped)} rows left out.")
+    for reason in dropped[:10]:
+        print(f"  left out: {reason}")
+    return examples
+
+
+def resolved(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides the run's result, for settings.json."""
+    identity = {"model_fingerprint": checkpoint.fingerprint(folder), "data_sha256": checkpoint.sha256(Path(options.data))}
+    base = {"model": str(folder.absolute()) if Path(options.model).is_dir() else options.model}
+    return asdict(options) | chosen | base | identity | {"lfu": __version__, "torch": torch.__version__}
+
+
+def claim(out: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Make the run's folder, or make sure that it holds this very run."""
+    path = out / "settings.json"
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} is not empty. Choose another --out, or continue the run in it with --resume.")
+        checkpoint.write_json(path, settings)
+        return
+    before = checkpoint.read_json(path)
+    changed = [
+        f"{name} was {before.get(name)!r} and is {settings[name]!r}"
+        for name in settings
+        if name not in MAY_CHANGE and before.get(name) != settings[name]
+    ]
+    if changed:
+        raise InputError(f"{out} holds another run: {'; '.join(changed)}. Give the same settings, or another --out.")
+
+
+def print_memory(base: model.Params, task: lora.Lora) -> None:
+    """What stays in memory through the whole run; activations come on top."""
+    layers = [tensor for layer in base.layers for tensor in layer if tensor is not None]
+    weights = {tensor.data_ptr(): tensor for tensor in [base.embed, base.norm, base.lm_head, *layers]}
+    sizes = [sum(tensor.nbytes for tensor in tensors) / 2**20 for tensors in (weights.values(), tree_leaves(task))]
+    print(
+        f"Memory: weights {sizes[0]:.1f} MiB ({base.embed.dtype}), adapter {sizes[1]:.1f} MiB, its gradient "
+        f"{sizes[1]:.1f} MiB, optimizer {2 * sizes[1]:.1f} MiB; activations come on top."
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run is kept, and how often."""
+
+    out: Path
+    settings: dict[str, Any]
+    save_every: int
+    keep: int
+
+
+def follow(
+    run: Run, steps: Iterator[dict[str, float]], task: lora.Lora, optimizer: torch.optim.Optimizer, first: int, last: int
+) -> None:
+    """Take the steps one by one, logging and saving; Ctrl-C ends the run after the step it is in, resumable."""
+    log = run.out / "log.jsonl"
+    checkpoint.cut_log(log, first)
+    with interruptible() as interrupted, tqdm(total=last, initial=first, unit="step") as bar, log.open("a") as file:
+        clock = time.perf_counter()
+        for metrics in steps:
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            metrics |= {"seconds": round(seconds, 4), "tokens_per_second": round(metrics["tokens"] / seconds, 1)}
+            file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            bar.set_postfix_str(summary(metrics), refresh=False)
+            bar.update()
+            done = metrics["step"]
+            if done % run.save_every == 0 or done == last or interrupted:
+                save(run, task, optimizer, done)
+            if interrupted and done < last:
+                raise KeyboardInterrupt(f"Stopped after step {done} of {last}; continue with --resume.")
+    with checkpoint.new_folder(run.out / "adapter") as folder:
+        save_adapter(folder, task, run.settings)
+
+
+def summary(metrics: dict[str, float]) -> str:
+    parts = [f"loss {metrics['sft']:.4f}"]
+    if "consistency" in metrics:
+        parts.append(f"consistency {metrics['consistency']:.3g}")
+    parts += [f"lr {metrics['learning_rate']:.2e}", f"{metrics['tokens_per_second']:.0f} tokens/s"]
+    if torch.cuda.is_available():
+        parts.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    return ", ".join(parts)
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """A list that stays empty until Ctrl-C (or a polite kill) is received once; the second time stops at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt("Stopped in the middle of a step; continue from the last checkpoint with --resume.")
+        received.append(number)
+        print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save(run: Run, task: lora.Lora, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """A complete checkpoint, itself an adapter folder; then the oldest are removed."""
+    with checkpoint.new_folder(run.out / "checkpoints" / f"step-{step}") as folder:
+        save_adapter(folder, task, run.settings)
+        checkpoint.save_optimizer(folder, optimizer, step)
+    checkpoint.keep_last(run.out, run.keep)
+
+
+def save_adapter(folder: Path, task: lora.Lora, settings: dict[str, Any]) -> None:
+    """PEFT's two files, and lfu_config.json: the format to prompt with, and how the adapter came to be."""
+    lora.save(folder, (task, settings["lora_alpha"] / settings["rank"]), base=settings["model"])
+    checkpoint.write_json(folder / "lfu_config.json", settings)
+
+
+def restore(folder: Path, config: model.Config, task: lora.Lora, optimizer: torch.optim.Optimizer) -> int:
+    """Copy a checkpoint into the task and its optimizer; returns the steps done."""
+    step = checkpoint.load_optimizer(folder, optimizer)
+    saved, _ = lora.load(folder, config, dtype=tree_leaves(task)[0].dtype)
+    for tensor, value in zip(tree_leaves(task), tree_leaves(saved), strict=True):
+        tensor.copy_(value)
+    return step
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+VERBS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
+    "train": (TrainOptions, train, "fine-tune an adapter"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status. Input that cannot be used ends in one sentence and status 2."""
+    parsed = vars(parser().parse_args(arguments))
+    options, run, _ = VERBS[parsed.pop("verb")]
+    try:
+        run(options(**parsed))
+    except (InputError, FloatingPointError, OSError) as error:
+        print(f"lfu: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"lfu: {interrupt}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, made from the options objects."""
+    root = argparse.ArgumentParser(prog="lfu", description="Fine-tune language models with Learning from the Undesirable.")
+    root.add_argument("--version", action="version", version=f"lfu {__version__}")
+    verbs = root.add_subparsers(dest="verb", required=True)
+    for name, (options, function, help) in VERBS.items():
+        verb = verbs.add_parser(name, help=help, description=(function.__doc__ or "").strip())
+        for each in fields(options):
+            add_option(verb, each)
+    return root
+
+
+def add_option(verb: argparse.ArgumentParser, each: Field) -> None:
+    how = dict(each.metadata)
+    flag, text = how.pop("flag", "--" + each.name.replace("_", "-")), how.pop("help")
+    if each.type is bool:
+        verb.add_argument(flag, dest=each.name, action=argparse.BooleanOptionalAction, default=each.default, help=text)
+        return
+    required = each.default is MISSING
+    if not required and each.default is not None:
+        text += f" (default: {each.default})"
+    kind = next(kind for kind in (float, int, str) if kind.__name__ in str(each.type))
+    how = {"type": kind, "required": required, "default": None if required else each.default, "help": text} | how
+    verb.add_argument(flag, dest=each.name, **how)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

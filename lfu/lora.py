@@ -1,0 +1,194 @@
+"""LoRA: a low-rank term s·B A beside a frozen weight, as a value (Hu et al. 2022; PEFT `tuners/lora/layer.py`).
+
+A `Lora` is a plain tree of tensors, so it can be differentiated, stepped, stacked, merged and saved. It enters the decoder
+in `model.adapted`; nothing is wrapped or patched. The scale lora_alpha / r stays outside the tree: it is not trained.
+
+Files have PEFT's layout and load in `peft` unchanged. Read next: `steering.py`.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lfu import InputError
+from lfu.checkpoint import open_safetensors, read_json, read_tensors, some, write_json, write_tensors
+from lfu.model import MODULES, Config, Params, layer_shapes, stream_dtype
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""All seven linear layers of a block, the published choice."""
+
+
+class LowRank(NamedTuple):
+    A: Tensor  # [r, in]
+    B: Tensor  # [out, r]
+
+
+Lora = list[dict[str, LowRank]]
+"""One dict per block; keys are `Layer` fields, an absent key is a layer without adapter."""
+Adapter = tuple[Lora, float]
+"""A Lora and its scale."""
+
+
+def init(config: Config, rank: int, *, generator: torch.Generator, targets: tuple[str, ...] = TARGETS) -> Lora:
+    """A fresh adapter, float32, on the generator's device: A ~ U(-1/√in, 1/√in), B = 0, so that it changes nothing yet."""
+    if rank < 1:
+        raise InputError(f"The rank of a LoRA must be at least 1, not {rank}.")
+    unknown = set(targets) - set(TARGETS)
+    if unknown or not targets:
+        raise InputError(f"LoRA targets must be some of {', '.join(TARGETS)}; not {sorted(unknown) or 'none at all'}.")
+    shapes, device = layer_shapes(config), generator.device
+
+    def fresh(out: int, in_: int) -> LowRank:
+        A = torch.empty(rank, in_, device=device).uniform_(-1 / math.sqrt(in_), 1 / math.sqrt(in_), generator=generator)
+        return LowRank(A, torch.zeros(out, rank, device=device))
+
+    return [{name: fresh(*shapes[name]) for name in targets} for _ in range(config.num_hidden_layers)]
+
+
+def stack(first: Adapter, second: Adapter) -> Adapter:
+    """One adapter that acts as the two together: s₁B₁A₁ + s₂B₂A₂ = [s₁B₁ s₂B₂][A₁; A₂], a single pair of products."""
+    (lora1, scale1), (lora2, scale2) = first, second
+    return [stack_layer(layer1, scale1, layer2, scale2) for layer1, layer2 in zip(lora1, lora2, strict=True)], 1.0
+
+
+def stack_layer(
+    layer1: dict[str, LowRank], scale1: float, layer2: dict[str, LowRank], scale2: float
+) -> dict[str, LowRank]:
+    def parts(name: str) -> list[LowRank]:
+        both = ((layer1, scale1), (layer2, scale2))
+        return [LowRank(layer[name].A, scale * layer[name].B) for layer, scale in both if name in layer]
+
+    names = [*layer1, *(name for name in layer2 if name not in layer1)]
+    return {
+        name: LowRank(*(torch.cat(matrices, dim) for dim, matrices in enumerate(zip(*parts(name))))) for name in names
+    }
+
+
+def merge(params: Params, adapter: Adapter) -> Params:
+    """W + s·B A for every adapted weight, added in the stream dtype and rounded once to the dtype of W."""
+    lora, scale = adapter
+    stream = stream_dtype(params)
+
+    def merged(W: Tensor, pair: LowRank) -> Tensor:
+        return (W.to(stream) + scale * (pair.B.to(stream) @ pair.A.to(stream))).to(W.dtype)
+
+    layers = [
+        layer._replace(**{name: merged(getattr(layer, name), pair) for name, pair in adapted.items()})
+        for layer, adapted in zip(params.layers, lora, strict=True)
+    ]
+    return params._replace(layers=layers)
+
+
+# --- PEFT's adapter folder ------------------------------------------------------------------------
+
+
+def save(folder: Path, adapter: Adapter, *, base: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors (float32) into an existing folder.
+
+    `base` is what a reader should load below the adapter: an absolute path or a hub id.
+    """
+    lora, scale = adapter
+    rank = next(iter(lora[0].values())).A.shape[0]
+    write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": rank,
+            "lora_alpha": scale * rank,
+            "target_modules": list(lora[0]),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "use_rslora": False,
+            "use_dora": False,
+            "modules_to_save": None,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        },
+    )
+    write_tensors(folder / "adapter_model.safetensors", named_lora(lora))
+
+
+def named_lora(lora: Lora) -> dict[str, Tensor]:
+    """A Lora under PEFT's tensor names."""
+    return {
+        peft_name(index, name, part): getattr(pair, part)
+        for index, layer in enumerate(lora)
+        for name, pair in layer.items()
+        for part in LowRank._fields
+    }
+
+
+def peft_name(index: int, name: str, part: str) -> str:
+    return f"base_model.model.model.layers.{index}.{MODULES[name]}.lora_{part}.weight"
+
+
+def load(
+    folder: Path, config: Config, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Adapter:
+    """Read a PEFT LoRA folder for the model of `config`; float32 unless `dtype` says otherwise.
+
+    InputError for options that change the computation and are not supported (DoRA, biases, per-layer ranks, ...), and for
+    an adapter of another model: every tensor must be there, nothing else, and each in its shape.
+    """
+    folder = Path(folder)
+    options = read_json(folder / "adapter_config.json")
+    refuse_unsupported(folder, options)
+    rank, targets = options["r"], read_targets(folder, options)
+    shapes = layer_shapes(config)
+    expected = {
+        peft_name(index, name, part): (rank, shapes[name][1]) if part == "A" else (shapes[name][0], rank)
+        for index in range(config.num_hidden_layers)
+        for name in targets
+        for part in LowRank._fields
+    }
+    tensors = read_tensors(folder, expected, stem="adapter_model", device=device)
+    lora = [
+        {name: LowRank(*(tensors[peft_name(index, name, part)].to(dtype or torch.float32) for part in LowRank._fields))
+         for name in targets}
+        for index in range(config.num_hidden_layers)
+    ]  # fmt: skip
+    return lora, options["lora_alpha"] / (math.sqrt(rank) if options.get("use_rslora") else rank)
+
+
+def refuse_unsupported(folder: Path, options: dict) -> None:
+    """InputError unless this is a plain LoRA that PEFT would apply as s·B A everywhere."""
+    path = folder / "adapter_config.json"
+    if options.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type must be 'LORA', not {options.get('peft_type')!r}.")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(options.get(key), int | float) or options[key] <= 0:
+            raise InputError(f"{path}: {key} must be a positive number, not {options.get(key)!r}.")
+    plain = {"bias": "none"}
+    switches = (
+        "use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "layers_to_transform", "layers_pattern",
+        "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices", "layer_replication",
+        "exclude_modules", "alora_invocation_tokens",
+    )  # fmt: skip
+    for key in ("bias", *switches):
+        if options.get(key) and options[key] != plain.get(key):
+            raise InputError(f"{path}: {key} = {options[key]!r} is not supported; only plain LoRA is.")
+
+
+def read_targets(folder: Path, options: dict) -> tuple[str, ...]:
+    """The adapted layers. `target_modules` may be a pattern in PEFT, so the tensors' names decide; a list must agree."""
+    names = (
+        open_safetensors(folder / "adapter_model.safetensors").keys()
+        if (folder / "adapter_model.safetensors").is_file()
+        else []
+    )
+    held = tuple(name for name in TARGETS if any(f".{MODULES[name]}.lora_" in tensor for tensor in names))
+    listed = options.get("target_modules")
+    if isinstance(listed, list) and set(listed) != set(held):
+        raise InputError(
+            f"{folder}: adapter_config.json lists target_modules {sorted(listed)}, adapter_model.safetensors holds tensors "
+            f"for {some(sorted(held), 7) or 'none of the supported layers'}."
+        )
+    return held

@@ -1,0 +1,70 @@
+"""The two losses: the SFT loss of Eq. 1 and the consistency loss of Eq. 5.
+
+Both are means over the same positions: those whose next token carries a label. Eqs. 1 and 5 print a mean over the T
+tokens of each example and then over examples; here, as in the published runs, it is one mean over all n tokens of the
+batch, so a long answer weighs more than a short one. Read next: `train.py`.
+"""
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lfu import InputError
+
+IGNORED = -100
+"""The label of a token that carries no loss: prompt and padding."""
+NORMS = ("mean", "sum")
+
+
+def predicts(labels: Tensor) -> Tensor:  # [B,T] -> [B,T] bool
+    """The positions t that predict a labelled token at t+1. The last position predicts nothing."""
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
+
+
+def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [B,T,V], [B,T] -> []
+    """Eq. 1: mean negative log-likelihood of the labelled tokens, in nats, in the dtype of the logits.
+
+    ValueError if no token carries a label.
+    """
+    mask = predicts(labels)
+    if not mask.any():
+        raise InputError("This batch has no token that carries a label, so its loss is not defined.")
+    return F.cross_entropy(logits[mask], labels[:, 1:][mask[:, :-1]])
+
+
+def consistency_loss(
+    hidden: list[Tensor],
+    perturbed: list[Tensor],
+    mask: Tensor,
+    *,
+    layers: Collection[int] | None = None,
+    norm: str = "mean",
+) -> Tensor:  # K x [B,T,D] twice, [B,T] bool -> []
+    """Eq. 5: mean over the masked positions and the chosen blocks of ‖detach(h) - h'‖².
+
+    `layers` are block numbers from 1 to K, None for all. `norm` "sum" is the squared L2 norm as printed; "mean" divides it
+    by D, which is what the published λ belongs to. No gradient flows into `hidden`. ValueError for an unknown block or norm.
+    """
+    require_norm(norm)
+    reduce = torch.mean if norm == "mean" else torch.sum
+
+    def per_layer(h: Tensor, h_perturbed: Tensor) -> Tensor:
+        return reduce((h.detach() - h_perturbed)[mask].square(), dim=-1).mean()
+
+    return torch.stack([per_layer(hidden[i - 1], perturbed[i - 1]) for i in chosen_layers(layers, len(hidden))]).mean()
+
+
+def chosen_layers(layers: Collection[int] | None, count: int) -> list[int]:
+    """The block numbers to compare, in order; ValueError unless they are from 1 to `count`, at least one."""
+    chosen = list(range(1, count + 1)) if layers is None else sorted(set(layers))
+    if not chosen or chosen[0] < 1 or chosen[-1] > count:
+        raise InputError(f"Consistency layers must be block numbers from 1 to {count}, at least one; not {chosen}.")
+    return chosen
+
+
+def require_norm(norm: str) -> None:
+    """ValueError unless `norm` is a reduction of the consistency loss."""
+    if norm not in NORMS:
+        raise InputError(f"The norm of the consistency loss must be {' or '.join(NORMS)}, not {norm!r}.")

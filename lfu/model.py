@@ -1,0 +1,507 @@
+"""The decoder: Llama, Mistral and Qwen3 as pure functions over the tensors of a Hugging Face folder.
+
+    embed -> block, block, ... -> unembed
+
+`block` is the whole architecture. What the method needs enters it at two points only: every linear layer goes through
+`linear`, where LoRA adds its low-rank term, and `trunk` adds the steering vector behind each block, where the
+representation h_l of Eqs. 3 and 4 is taken. Nothing is stored between calls.
+
+Shapes: B batch, T time, D model, H query heads, G key/value heads, h head size, F feed-forward, V vocabulary, K layers,
+r rank. Weights are [out, in], as in the file. The *stream* dtype is float32, or float64 when the weights are float64:
+the residual stream, norms, softmax and adapters are computed in it. Only the product W x runs in the dtype of W.
+
+Formulas: transformers 5, `models/{llama,mistral,qwen3}` and `modeling_rope_utils.py`. Read next: `lora.py`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lfu import InputError
+from lfu.checkpoint import local_folder, read_json, read_tensors
+
+if TYPE_CHECKING:
+    from lfu.lora import Adapter
+
+# --- data types -----------------------------------------------------------------------------------
+
+
+class Llama3Scaling(NamedTuple):
+    """How Llama 3.1 stretches the slow rotary frequencies to contexts longer than it was first trained on."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+class Config(NamedTuple):
+    """Everything that shapes the computation, from config.json alone. Immutable and hashable."""
+
+    model_type: str  # llama, mistral or qwen3
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3Scaling | None
+    sliding_window: int | None  # a query sees this many positions, itself included; None: all
+    tie_word_embeddings: bool
+
+
+class Layer(NamedTuple):
+    """The weights of one block."""
+
+    input_layernorm: Tensor  # [D]
+    q_proj: Tensor  # [H*h, D]
+    k_proj: Tensor  # [G*h, D]
+    v_proj: Tensor  # [G*h, D]
+    o_proj: Tensor  # [D, H*h]
+    post_attention_layernorm: Tensor  # [D], which in spite of its name precedes the MLP
+    gate_proj: Tensor  # [F, D]
+    up_proj: Tensor  # [F, D]
+    down_proj: Tensor  # [D, F]
+    q_norm: Tensor | None = None  # [h], Qwen3 only
+    k_norm: Tensor | None = None  # [h], Qwen3 only
+
+
+class Params(NamedTuple):
+    """The frozen base model."""
+
+    embed: Tensor  # [V, D]
+    layers: list[Layer]
+    norm: Tensor  # [D]
+    lm_head: Tensor  # [V, D]; the same tensor as `embed` where the two are tied
+
+
+class Steering(NamedTuple):
+    """Vectors to add behind each block, at the positions of the mask."""
+
+    vectors: Tensor  # [K, D]
+    mask: Tensor  # [B, T] bool
+
+
+class Cache(NamedTuple):
+    """The keys and values of the tokens decoded so far. Row b has `lengths[b]` of them; what lies behind is never seen."""
+
+    keys: list[Tensor]  # K of [B, G, capacity, h]
+    values: list[Tensor]  # K of [B, G, capacity, h]
+    lengths: Tensor  # [B]
+
+
+Product = Callable[[int, str, Tensor, Tensor], Tensor]
+"""(layer, name, x, W) -> W x, the frozen part of a linear layer, in the dtype of x."""
+Linear = Callable[[str, Tensor], Tensor]
+"""(name, x) -> the linear layer of that name, adapters included."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B,H,T,h], k [B,G,T,h], v [B,G,T,h]) -> [B,H,T,h]."""
+
+
+def stream_dtype(params: Params) -> torch.dtype:
+    """float32, or float64 where the weights are float64."""
+    return torch.promote_types(params.embed.dtype, torch.float32)
+
+
+# --- the forward pass -----------------------------------------------------------------------------
+
+
+def base_product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
+    """W x in the dtype of W, cast to the dtype of x at once."""
+    return F.linear(x.to(W.dtype), W).to(x.dtype)
+
+
+def forward(
+    config: Config,
+    params: Params,
+    tokens: Tensor,
+    adapters: Sequence["Adapter"] = (),
+    steering: Steering | None = None,
+    product: Product = base_product,
+) -> tuple[Tensor, list[Tensor]]:  # [B,T] int64 -> [B,T,V], K x [B,T,D]
+    """Logits and the K representations h_l. Rows are right-padded: causal attention needs no padding mask."""
+    hidden = trunk(config, params, embed(params, tokens), adapters, steering, product)
+    return unembed(config, params, hidden[-1]), hidden
+
+
+def embed(params: Params, tokens: Tensor) -> Tensor:  # [B,T] -> [B,T,D]
+    """Token embeddings, in the stream dtype."""
+    return params.embed[tokens].to(stream_dtype(params))
+
+
+def trunk(
+    config: Config,
+    params: Params,
+    x: Tensor,
+    adapters: Sequence["Adapter"] = (),
+    steering: Steering | None = None,
+    product: Product = base_product,
+) -> list[Tensor]:  # [B,T,D] -> K x [B,T,D]
+    """The residual stream behind each block, before the final norm: M^(l) of Eqs. 3 and 4, l = 1..K."""
+    rotary = rotary_tables(config, torch.arange(x.shape[1], device=x.device), x.dtype)
+    attend = causal_attention(config, x.shape[1], x.device)
+    hidden = []
+    for index, layer in enumerate(params.layers):
+        x = block(config, layer, x, rotary, adapted(layer, index, adapters, product), attend)
+        if steering is not None:
+            x = x + steering.mask[..., None] * steering.vectors[index]
+        hidden.append(x)
+    return hidden
+
+
+def unembed(config: Config, params: Params, h: Tensor) -> Tensor:  # [...,D] -> [...,V]
+    """Final norm and output layer, in the stream dtype."""
+    return base_product(
+        config.num_hidden_layers, "lm_head", rms_norm(h, params.norm, config.rms_norm_eps), params.lm_head
+    )
+
+
+def block(
+    config: Config, layer: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], linear: Linear, attend: Attend
+) -> Tensor:  # [B,T,D] -> [B,T,D]
+    """One decoder block. Training, the perturbed pass and cached decoding differ only in `linear` and `attend`."""
+    z = rms_norm(x, layer.input_layernorm, config.rms_norm_eps)
+    q, k, v = (split_heads(linear(name, z), config.head_dim) for name in ("q_proj", "k_proj", "v_proj"))
+    if layer.q_norm is not None:
+        q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)
+    heads = attend(rotate(q, rotary), rotate(k, rotary), v)  # [B,H,T,h]
+    x = x + linear("o_proj", heads.transpose(1, 2).flatten(2))
+    z = rms_norm(x, layer.post_attention_layernorm, config.rms_norm_eps)
+    return x + linear("down_proj", F.silu(linear("gate_proj", z)) * linear("up_proj", z))
+
+
+def adapted(layer: Layer, index: int, adapters: Sequence["Adapter"], product: Product) -> Linear:
+    """The linear layers of one block: W x + Σ s·B A x. The one place where LoRA enters."""
+
+    def linear(name: str, x: Tensor) -> Tensor:  # [...,in] -> [...,out]
+        y = product(index, name, x, getattr(layer, name))
+        for lora, scale in adapters:
+            if name in lora[index]:
+                A, B = lora[index][name]
+                y = y + F.linear(F.linear(x, A), scale * B)
+        return y
+
+    return linear
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [...,D] -> [...,D]
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:  # [B,T,H*h] -> [B,H,T,h]
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def causal_attention(config: Config, length: int, device: torch.device) -> Attend:
+    """Attention over one whole sequence. Grouped queries: query head i reads key/value head i // (H/G)."""
+    positions = torch.arange(length, device=device)
+    window = config.sliding_window if config.sliding_window and config.sliding_window < length else None
+    mask = visible(positions, positions, window) if window else None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+    return attend
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:  # [...,T], [S] -> [...,T,S] bool
+    """Which key positions a query position sees: none ahead, and with a window the last `window`, itself included."""
+    behind = queries[..., None] - keys
+    return (behind >= 0) & (behind < window) if window else behind >= 0
+
+
+# --- how the perturbed pass keeps its precision ---------------------------------------------------
+
+
+Record = dict[tuple[int, str], tuple[Tensor, Tensor]]
+
+
+def recording(record: Record) -> Product:
+    """`base_product` that also keeps (x, W x) of every linear layer, for `relative_to`."""
+
+    def product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
+        y = F.linear(x.to(W.dtype), W)
+        record[layer, name] = (x, y)
+        return y.to(x.dtype)
+
+    return product
+
+
+def relative_to(record: Record) -> Product:
+    """Difference-exact products: W x = y₀ + W (x - x₀), where y₀ = W x₀ was recorded.
+
+    The perturbed representations differ from the clean ones by far less than their size. Rounding both to bfloat16 would
+    leave noise where their difference is the loss; here only the difference itself is rounded. Each entry is used once
+    and dropped, so that memory falls as the pass goes.
+    """
+
+    def product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
+        x0, y0 = record.pop((layer, name))
+        return y0.to(x.dtype) + F.linear((x - x0).to(W.dtype), W).to(x.dtype)
+
+    return product
+
+
+# --- rotary position embedding --------------------------------------------------------------------
+
+
+def rotary_tables(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, [..., T] -> [..., T, h] each.
+
+    Computed in float32 whatever the dtype: bfloat16 cannot even hold the position 257. As transformers does.
+    """
+    angles = positions[..., None].float() * inverse_frequencies(config).to(positions.device)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def inverse_frequencies(config: Config) -> Tensor:  # [h/2] float32
+    """theta^(-2i/h); under `llama3` scaling slow ones are divided by the factor and the middle is blended."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return frequencies
+    factor, low, high, original = config.rope_scaling
+    turns = original * frequencies / (2 * math.pi)  # full turns within the original context
+    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched; 1: fast, left alone
+    return (1 - blend) * frequencies / factor + blend * frequencies
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:  # [B,H,T,h] -> [B,H,T,h]
+    """Turn each pair (x_i, x_{i+h/2}) by its angle."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+# --- decoding with a cache ------------------------------------------------------------------------
+
+
+def empty_cache(config: Config, params: Params, batch: int, capacity: int) -> Cache:
+    """Room for `capacity` tokens in each of `batch` rows."""
+    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+    like = {"dtype": stream_dtype(params), "device": params.embed.device}
+    keys, values = ([torch.zeros(shape, **like) for _ in params.layers] for _ in range(2))
+    return Cache(keys, values, torch.zeros(batch, dtype=torch.int64, device=params.embed.device))
+
+
+def decode(
+    config: Config, params: Params, tokens: Tensor, counts: Tensor, cache: Cache, adapters: Sequence["Adapter"] = ()
+) -> tuple[Tensor, Cache]:  # [B,T], [B] -> [B,V]
+    """Feed the first counts[b] tokens of each right-padded row; logits behind the last of them, and the longer cache.
+
+    A row's tokens stand at positions lengths[b] onward, in the cache slots of the same numbers, so rows of unequal length
+    need no left padding: filler lands in slots that no query sees before real tokens overwrite them. The slots are written
+    in place, and the cache passed in stays valid for its own lengths.
+    """
+    positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B,T]
+    end = int(positions.max()) + 1
+    mask = visible(positions, torch.arange(end, device=tokens.device), config.sliding_window)[:, None]  # [B,1,T,end]
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+
+    def attend_through(keys: Tensor, values: Tensor) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys[rows, :, positions] = k.transpose(1, 2)
+            values[rows, :, positions] = v.transpose(1, 2)
+            return F.scaled_dot_product_attention(
+                q, keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=True
+            )
+
+        return attend
+
+    x = embed(params, tokens)
+    cos, sin = rotary_tables(config, positions, x.dtype)
+    rotary = cos[:, None], sin[:, None]  # [B,1,T,h]
+    for index, layer in enumerate(params.layers):
+        linear = adapted(layer, index, adapters, base_product)
+        x = block(config, layer, x, rotary, linear, attend_through(cache.keys[index], cache.values[index]))
+    last = x[rows[:, 0], counts - 1]  # [B,D]
+    return unembed(config, params, last), cache._replace(lengths=cache.lengths + counts)
+
+
+# --- reading a Hugging Face folder ----------------------------------------------------------------
+
+MODULES = {
+    "input_layernorm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
+"""Layer field -> the module's name inside `model.layers.{i}`, in Hugging Face and PEFT files alike."""
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Config, Params]:
+    """Read config.json and the weights of a folder or hub id.
+
+    `dtype` None means the file's own dtype on an accelerator and float32 on the CPU. Weights that need no conversion are
+    views of the memory-mapped file (CPU) or go straight to the device. InputError names whatever is missing, unexpected,
+    mis-shaped or not supported.
+    """
+    folder = local_folder(path)
+    config = read_config(folder / "config.json")
+    optional = ["lm_head.weight"] if config.tie_word_embeddings else []
+    shapes = tensor_shapes(config)
+    tensors = read_tensors(folder, shapes, optional=optional, ignored=[".rotary_emb.inv_freq"], device=device)
+    check_tied(folder, config, tensors)
+    dtype = dtype or (
+        torch.float32 if torch.device(device).type == "cpu" else tensors["model.embed_tokens.weight"].dtype
+    )
+    # Popping lets go of each original as soon as its conversion exists: never two copies of the whole model.
+    converted = {name: tensors.pop(name).to(dtype) for name in shapes if name in tensors}
+    return config, assemble(config, converted)
+
+
+def assemble(config: Config, tensors: dict[str, Tensor]) -> Params:
+    """Hugging Face names -> Params."""
+    layers = [
+        Layer(**{field: tensors[f"model.layers.{i}.{MODULES[field]}.weight"] for field in layer_shapes(config)})
+        for i in range(config.num_hidden_layers)
+    ]
+    embed = tensors["model.embed_tokens.weight"]
+    head = embed if config.tie_word_embeddings else tensors["lm_head.weight"]
+    return Params(embed, layers, tensors["model.norm.weight"], head)
+
+
+def named_tensors(config: Config, params: Params) -> dict[str, Tensor]:
+    """Params -> Hugging Face names, the inverse of `assemble`; a tied output layer is left out."""
+    tensors = {"model.embed_tokens.weight": params.embed, "model.norm.weight": params.norm}
+    for i, layer in enumerate(params.layers):
+        tensors |= {
+            f"model.layers.{i}.{MODULES[field]}.weight": getattr(layer, field) for field in layer_shapes(config)
+        }
+    return tensors if config.tie_word_embeddings else tensors | {"lm_head.weight": params.lm_head}
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model, by its Hugging Face name."""
+    table = (config.vocab_size, config.hidden_size)
+    shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (config.hidden_size,), "lm_head.weight": table}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{MODULES[field]}.weight": shape for field, shape in layer_shapes(config).items()}
+    return shapes
+
+
+def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Layer field -> shape. What `Layer` says in comments, the loader enforces from here."""
+    D, F_ = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    norms = {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
+    attention = {"q_proj": (queries, D), "k_proj": (keys, D), "v_proj": (keys, D), "o_proj": (D, queries)}
+    mlp = {"gate_proj": (F_, D), "up_proj": (F_, D), "down_proj": (D, F_)}
+    head_norms = {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)} if config.model_type == "qwen3" else {}
+    return norms | attention | mlp | head_norms
+
+
+def check_tied(folder: Path, config: Config, tensors: dict[str, Tensor]) -> None:
+    """InputError where config.json says the output layer is the embedding, and the file holds another one."""
+    head = tensors.get("lm_head.weight")
+    if config.tie_word_embeddings and head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
+        raise InputError(
+            f"{folder}: config.json ties lm_head.weight to model.embed_tokens.weight, but the file holds two different "
+            "tensors. Set tie_word_embeddings to false if both are meant."
+        )
+
+
+# --- config.json, as transformers 4 and 5 write it ------------------------------------------------
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def read_config(path: Path) -> Config:
+    """config.json -> Config. Keys that do not shape the computation are ignored; values that this decoder cannot
+    compute (biases, other activations, other rope types, quantisation) raise InputError with the key and the value."""
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES or raw.get("architectures", [ARCHITECTURES[kind]]) != [ARCHITECTURES[kind]]:
+        raise InputError(
+            f"{path}: model_type {kind!r} with architectures {raw.get('architectures')!r} is not supported; supported are "
+            + ", ".join(f"{name} ({architecture})" for name, architecture in ARCHITECTURES.items())
+            + "."
+        )
+    refuse_unsupported(path, raw)
+    heads = required(path, raw, "num_attention_heads")
+    hidden_size = required(path, raw, "hidden_size")
+    config = Config(
+        model_type=kind,
+        vocab_size=required(path, raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=required(path, raw, "intermediate_size"),
+        num_hidden_layers=required(path, raw, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else hidden_size // heads),
+        rms_norm_eps=required(path, raw, "rms_norm_eps"),
+        rope_theta=read_rope_theta(path, raw),
+        rope_scaling=read_rope_scaling(path, raw),
+        sliding_window=raw.get("sliding_window", 4096) if kind == "mistral" else None,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(f"{path}: {heads} attention heads cannot share {config.num_key_value_heads} key/value heads.")
+    return config
+
+
+def required(path: Path, raw: dict, key: str) -> Any:
+    value = raw.get(key)
+    if not isinstance(value, int | float) or value <= 0:
+        raise InputError(f"{path}: {key} must be a positive number, not {value!r}.")
+    return value
+
+
+def refuse_unsupported(path: Path, raw: dict) -> None:
+    """InputError for settings that change the computation in ways this decoder does not know."""
+    accepted = {
+        "hidden_act": ("silu", None),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "use_sliding_window": (False, None),
+        "quantization_config": (None,),
+    }
+    for key, values in accepted.items():
+        if raw.get(key) not in values:
+            raise InputError(f"{path}: {key} = {raw[key]!r} is not supported.")
+    kinds = set(raw.get("layer_types") or ["full_attention"])
+    if raw["model_type"] != "mistral" and kinds != {"full_attention"}:
+        raise InputError(f"{path}: layer_types {sorted(kinds)} are not supported; every layer must be full_attention.")
+
+
+def read_rope_theta(path: Path, raw: dict) -> float:
+    """`rope_theta` at the top level (transformers 4) or inside `rope_parameters` (5); both must agree."""
+    given = {raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")} - {None}
+    if len(given) > 1:
+        raise InputError(f"{path}: rope_theta and rope_parameters.rope_theta disagree: {sorted(given)}. Keep one.")
+    return float(given.pop()) if given else 10000.0
+
+
+def read_rope_scaling(path: Path, raw: dict) -> Llama3Scaling | None:
+    """`rope_scaling` (transformers 4) or `rope_parameters` (5); both must agree. Only `default` and `llama3` are known."""
+    readings = {rope_reading(path, key, raw[key]) for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
+    if len(readings) > 1:
+        raise InputError(f"{path}: rope_scaling and rope_parameters disagree. Keep one, or make them equal.")
+    return readings.pop() if readings else None
+
+
+def rope_reading(path: Path, key: str, rope: dict) -> Llama3Scaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise InputError(f"{path}: {key} has rope type {kind!r}; supported are 'default' and 'llama3'.")
+    return Llama3Scaling(*(required(path, rope, field) for field in Llama3Scaling._fields))

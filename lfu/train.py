@@ -1,0 +1,256 @@
+"""Learning from the Undesirable: the step of Algorithms 1 and 2, and the loop around it.
+
+`lfu_gradient` is the paper in one function. The auxiliary component starts as a no-op (B = 0, or d = 0), so θ and θ_aux
+compute the same thing there, and one forward and one backward pass yield both the gradient of the SFT loss (Eq. 1) and
+the ascent direction (Eq. 2). One more of each yields the gradient of the consistency loss (Eqs. 3 to 5). Eq. 6 adds them.
+
+Gradients are values: `torch.func` returns them, trees of the same shape as what they belong to. Read next: `methods.py`.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lfu import InputError
+from lfu.data import Batch, Example, collate, shuffled, split_by_length
+from lfu.lora import Adapter, Lora, stack
+from lfu.loss import consistency_loss, predicts, sft_loss
+from lfu.model import Config, Params, Steering, embed, forward, recording, relative_to, trunk
+
+Aux = Lora | Tensor
+"""The auxiliary component: a Lora (LfU-LoRA) or steering vectors [K, D] (LfU-RepS)."""
+Metrics = dict[str, Tensor]
+Method = Callable[[Config, Params, Lora, Batch, torch.Generator], tuple[Lora, Metrics]]
+"""(config, base, task, batch, generator) -> (gradient, metrics), means over the batch's own labelled tokens."""
+
+# --- the gradients of one batch -------------------------------------------------------------------
+
+
+def sft_gradient(config: Config, base: Params, task: Lora, batch: Batch, *, scale: float) -> tuple[Lora, Metrics]:
+    """Gradient of the SFT loss (Eq. 1) with respect to the task LoRA, and {"sft": loss}."""
+
+    def objective(task: Lora) -> Tensor:
+        logits, _ = forward(config, base, batch.tokens, [(task, scale)])
+        return sft_loss(logits, batch.labels)
+
+    gradient, sft = grad_and_value(objective)(task)
+    return gradient, {"sft": sft}
+
+
+def lfu_gradient(
+    config: Config,
+    base: Params,
+    task: Lora,
+    aux: Aux,
+    batch: Batch,
+    *,
+    scale: float,
+    alpha: float,
+    lam: float,
+    layers: Collection[int] | None = None,
+    norm: str = "mean",
+) -> tuple[Lora, Metrics]:
+    """Gradient of the LfU loss (Eq. 6) with respect to the task LoRA, first order as published.
+
+    Returns a tree like `task`, and the metrics "sft", "consistency" and "ascent_norm" (‖g‖₂ before the step).
+    `alpha` is the length of the ascent step, `lam` the weight of the consistency loss; `layers` and `norm` as in
+    `consistency_loss`. ValueError if `aux` is not a no-op, because θ and θ_aux are then no longer the same point.
+    """
+    require_no_op(aux)
+    require_not_negative(alpha=alpha, lam=lam)
+    mask = predicts(batch.labels)
+
+    def with_aux(task: Lora, aux: Aux) -> tuple[list[Adapter], Steering | None]:
+        if isinstance(aux, Tensor):
+            return [(task, scale)], Steering(aux, mask)
+        return [stack((task, scale), (aux, scale))], None
+
+    def objective(task: Lora, aux: Aux) -> tuple[Tensor, Any]:  # Eq. 1, at θ and θ_aux at once
+        record = {}
+        logits, hidden = forward(config, base, batch.tokens, *with_aux(task, aux), recording(record))
+        return sft_loss(logits, batch.labels), (hidden, record)
+
+    def consistency(task: Lora, aux: Aux, hidden: list[Tensor], record: dict) -> Tensor:  # Eqs. 3-5
+        x = embed(base, batch.tokens)
+        perturbed = trunk(config, base, x, *with_aux(task, aux), relative_to(record))
+        return consistency_loss(hidden, perturbed, mask, layers=layers, norm=norm)
+
+    # What leaves through has_aux is constant: h carries no gradient, and the record none either.
+    (g_task, g_aux), (sft, (hidden, record)) = grad_and_value(objective, argnums=(0, 1), has_aux=True)(task, aux)
+    undesirable = ascend(aux, g_aux, alpha)  # Eq. 2
+    g_cons, cons = grad_and_value(consistency)(task, undesirable, hidden, record)
+    gradient = tree_map(lambda g, c: g + lam * c, g_task, g_cons)  # Eq. 6
+    return gradient, {"sft": sft, "consistency": cons, "ascent_norm": global_norm(g_aux)}
+
+
+def ascend(aux: Aux, gradient: Aux, alpha: float) -> Aux:
+    """Eq. 2: aux + α·g/‖g‖₂, one norm over the whole tree. Where ‖g‖₂ = 0 there is no direction: aux unchanged."""
+    length = global_norm(gradient)
+    if length == 0:
+        return aux
+    return tree_map(lambda a, g: a + (alpha / length) * g, aux, gradient)
+
+
+def global_norm(tree: Any) -> Tensor:
+    """The L2 norm of all tensors of a tree as one vector."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in tree_leaves(tree)]))
+
+
+def require_no_op(aux: Aux) -> None:
+    """ValueError unless every B (or every steering vector) is zero."""
+    decisive = [aux] if isinstance(aux, Tensor) else [pair.B for layer in aux for pair in layer.values()]
+    if any_nonzero(decisive):
+        part = "steering vector" if isinstance(aux, Tensor) else "B"
+        raise InputError(
+            f"The auxiliary component must start as a no-op, but some {part} is not zero: pass a fresh one."
+        )
+
+
+def any_nonzero(tensors: list[Tensor]) -> bool:
+    return bool(torch.stack([tensor.any() for tensor in tensors]).any())
+
+
+def require_not_negative(**values: float) -> None:
+    """ValueError for a negative (or NaN) step length or weight."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise InputError(f"{name} must be at least 0, not {value}.")
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """How long and how fast to train. The defaults are the published ones."""
+
+    epochs: int = 3
+    batch_size: int = 16  # rows per optimizer step
+    micro_batch_size: int = 4  # rows per gradient; LfU ascends once per micro-batch, so its result depends on this
+    learning_rate: float = 1e-4
+    warmup: float = 0.1  # share of the steps
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 42
+
+
+def require_usable(settings: Settings) -> None:
+    """ValueError for settings that no run can have."""
+    for name in ("epochs", "batch_size", "micro_batch_size", "max_grad_norm"):
+        if not getattr(settings, name) > 0:
+            raise InputError(f"{name} must be more than 0, not {getattr(settings, name)}.")
+    require_not_negative(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, seed=settings.seed)
+    if not 0 <= settings.warmup <= 1:
+        raise InputError(f"warmup is a share of the steps, from 0 to 1, not {settings.warmup}.")
+
+
+def train(
+    config: Config,
+    base: Params,
+    task: Lora,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
+    method: Method,
+    settings: Settings,
+    first: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Algorithms 1 and 2, from step `first` to the last: after each optimizer step, yields that step's metrics.
+
+    `optimizer` holds the tensors of `task` (see `adamw`) and updates them in place. Everything drawn at random is a
+    function of (seed, epoch) or (seed, step, micro-batch), so a run that continues from a saved task and optimizer is the
+    run that was never interrupted. FloatingPointError, before the update, if a loss or gradient is not finite.
+    """
+    device = base.embed.device
+    steps = total_steps(len(examples), settings)
+    for step in range(first, steps):
+        epoch, rows = rows_of_step(len(examples), settings, step)
+        micro_batches = split_by_length([examples[row] for row in rows], settings.micro_batch_size)
+        total = sum(example.supervised for micro_batch in micro_batches for example in micro_batch)
+        gradient, metrics = tree_map(torch.zeros_like, task), {}
+        for index, micro_batch in enumerate(micro_batches):
+            part, values = method(
+                config, base, task, collate(micro_batch, device), generator_for(settings, step, index, device)
+            )
+            require_finite(part, values, step, micro_batch)
+            weight = sum(example.supervised for example in micro_batch) / total
+            gradient = tree_map(lambda g, p: g + weight * p, gradient, part)  # noqa: B023
+            metrics = {name: metrics.get(name, 0.0) + weight * float(value) for name, value in values.items()}
+        metrics |= {
+            "gradient_norm": float(global_norm(gradient)),
+            "learning_rate": learning_rate(step, steps, settings),
+        }
+        apply(
+            optimizer, task, clip(gradient, metrics["gradient_norm"], settings.max_grad_norm), metrics["learning_rate"]
+        )
+        yield {
+            "step": step + 1,
+            "epoch": epoch + 1,
+            **metrics,
+            "tokens": sum(len(examples[row].tokens) for row in rows),
+        }
+
+
+def total_steps(count: int, settings: Settings) -> int:
+    """Optimizer steps of the whole run."""
+    return settings.epochs * steps_per_epoch(count, settings)
+
+
+def steps_per_epoch(count: int, settings: Settings) -> int:
+    """Optimizer steps over `count` rows; the last, partial one counts."""
+    return math.ceil(count / settings.batch_size)
+
+
+def rows_of_step(count: int, settings: Settings, step: int) -> tuple[int, list[int]]:
+    """The epoch of a step and the rows it takes, a pure function of (seed, epoch)."""
+    epoch, position = divmod(step, steps_per_epoch(count, settings))
+    start = position * settings.batch_size
+    return epoch, shuffled(count, settings.seed, epoch)[start : start + settings.batch_size]
+
+
+def generator_for(settings: Settings, step: int, index: int, device: torch.device) -> torch.Generator:
+    """The randomness of one micro-batch, a pure function of (seed, step, index)."""
+    seed = np.random.SeedSequence([settings.seed, step, index]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def learning_rate(step: int, steps: int, settings: Settings) -> float:
+    """Linear warm-up from 0 over ceil(warmup·steps) steps, then half a cosine to 0: as transformers' Trainer."""
+    warmup = math.ceil(settings.warmup * steps)
+    if step < warmup:
+        return settings.learning_rate * step / warmup
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def adamw(task: Lora, settings: Settings) -> torch.optim.AdamW:
+    """AdamW over the tensors of `task`, which it will update in place."""
+    return torch.optim.AdamW(tree_leaves(task), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def clip(gradient: Lora, norm: float, limit: float) -> Lora:
+    """Scale the accumulated gradient down to the global norm `limit` if it is longer."""
+    return tree_map(lambda g: g * (limit / norm), gradient) if norm > limit else gradient
+
+
+def apply(optimizer: torch.optim.Optimizer, task: Lora, gradient: Lora, rate: float) -> None:
+    """One optimizer step with this gradient and learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for parameter, value in zip(tree_leaves(task), tree_leaves(gradient), strict=True):
+        parameter.grad = value
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def require_finite(gradient: Lora, metrics: Metrics, step: int, micro_batch: Sequence[Example]) -> None:
+    """FloatingPointError if anything computed for this micro-batch is NaN or infinite, naming its rows."""
+    if not all(math.isfinite(value) for value in [*metrics.values(), global_norm(gradient)]):
+        values = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+        raise FloatingPointError(
+            f"Step {step + 1}: the loss or its gradient is not finite ({values}) for rows "
+            f"{[example.row for example in micro_batch]}. No update was made. Lower the learning rate, α or λ, or use float32."
+        )
