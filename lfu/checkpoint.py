@@ -1,8 +1,8 @@
 """Files: what is read from disk is checked before it is used; what is written appears whole or not at all.
 
-Reading is strict, because a tensor that is silently missing or misnamed costs days: every error names the file and the
-tensor. Writing goes to a sibling of the target, is flushed to the disk, and is renamed into place, so a reader (and a run
-that is resumed after a power cut) sees the old state or the new one, never half of either.
+Reading is strict, because a tensor that is silently missing or misnamed costs days: every error names the file and
+the tensor. Writing goes to a sibling of the target, is flushed to the disk, and is renamed into place, so a reader
+(and a run that is resumed after a power cut) sees the old state or the new one, never half of either.
 
 Read next: `cli.py`, which puts everything together.
 """
@@ -142,7 +142,10 @@ def some(names: list[str], count: int = 4) -> str:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling to write into; on success it replaces `target` in one rename, on an error it vanishes."""
+    """A temporary sibling to write into; on success it takes the place of `target`, on an error it vanishes.
+
+    A folder that was there before is set aside by one rename and put back if the next one fails.
+    """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -150,16 +153,27 @@ def new_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
-            flush(file)
-        replaced = target.with_name(f"{target.name}.{os.getpid()}.old.tmp")
-        if target.exists():
-            target.rename(replaced)
-        temporary.rename(target)
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+        swap(temporary, target)
         flush(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def swap(new: Path, target: Path) -> None:
+    """Rename `new` to `target`, which may exist."""
+    before = target.with_name(f"{target.name}.{os.getpid()}.old.tmp")
+    existed = target.exists()
+    if existed:
+        target.rename(before)
+    try:
+        new.rename(target)
+    except OSError:
+        if existed:
+            before.rename(target)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -205,6 +219,53 @@ def sha256(path: Path) -> str:
     """The checksum of a file; safetensors itself has none."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_dtype(folder: Path, name: str, stem: str = "model") -> torch.dtype:
+    """The dtype a tensor has in the file."""
+    return open_safetensors(tensor_files(folder, stem)[name]).get_tensor(name).dtype
+
+
+SHARD_BYTES = 5 * 10**9
+
+
+def write_model(target: Path, source: Path, tensors: dict[str, Tensor], rope_keys: dict) -> None:
+    """A complete Hugging Face folder: these weights, and `source`'s tokenizer and configuration.
+
+    config.json states the rotary embedding both as transformers 4 and as 5 read it (`rope_keys`): each, given only the
+    other's form, would silently compute something else. InputError before anything is written if the disk has no room.
+    """
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.absolute().parent).free
+    if free < total:
+        raise InputError(f"{target} needs {total / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there.")
+    with new_folder(target) as folder:
+        for pattern in MODEL_FILES:
+            for file in source.glob(pattern):
+                if not file.name.endswith((".safetensors", ".safetensors.index.json")):
+                    shutil.copyfile(file, folder / file.name)
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        config = read_json(source / "config.json") | rope_keys | {"dtype": dtype, "torch_dtype": dtype}
+        write_json(folder / "config.json", config)
+        write_shards(folder, tensors, total)
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor], total: int) -> None:
+    """One model.safetensors, or shards of at most SHARD_BYTES and their index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(each.nbytes for each in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", tensors)
+        return
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        write_tensors(folder / file, shard)
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 # --- training runs ---------------------------------------------------------------------------------
@@ -253,7 +314,9 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = (run / "checkpoints").glob("step-*")
-    return sorted((path for path in found if path.suffix != ".tmp"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(
+        (path for path in found if path.suffix != ".tmp"), key=lambda path: int(path.name.removeprefix("step-"))
+    )
 
 
 def keep_last(run: Path, count: int) -> None:

@@ -1,9 +1,9 @@
 """The `lfu` command: train, eval, generate, merge.
 
 Each verb is a function of one options object, so `lfu train --model M --data D --out O` and
-`train(TrainOptions(model=M, data=D, out=O))` are the same thing. Everything is checked before work starts (options, data,
-tokenizer, then weights), and nothing computed is lost: a run's folder holds its resolved settings, a log line per step,
-and checkpoints from which `--resume` continues exactly.
+`train(TrainOptions(model=M, data=D, out=O))` are the same thing. Everything is checked before work starts (options,
+data, tokenizer, then weights), and nothing computed is lost: a run's folder holds its resolved settings, a log line
+per step, and checkpoints from which `--resume` continues exactly.
 """
 
 import argparse
@@ -12,18 +12,23 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from lfu import InputError, __version__, checkpoint, data, lora, methods, model
+from lfu import InputError, __version__, checkpoint, lora, methods, model
+from lfu import evaluate as evaluating
+from lfu import generate as generating
 from lfu import train as training
-from lfu.data import TEMPLATES
+from lfu.data import TEMPLATES, Codec, Example, Format, Row, encode_row, encode_rows, load_codec, prompt_ids, read_rows
+from lfu.evaluate import Estimate
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -69,7 +74,9 @@ class TrainOptions:
     max_length: int = option("longest row, in tokens", 2048)
     limit: int | None = option("use only the first rows of the file", None)
     drop: bool = option("leave out rows that cannot be used, instead of stopping", False)
-    dtype: str | None = option("dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES))
+    dtype: str | None = option(
+        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
+    )
     device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda where there is one)", None)
     save_every: int | None = option("steps between checkpoints (default: an epoch)", None)
     keep: int = option("how many of the last checkpoints to keep", 1)
@@ -95,7 +102,7 @@ def train(options: TrainOptions) -> Path:
     settings = resolved(options, folder, chosen)
     claim(out, settings, options.resume)
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device)
     config, base = model.load(folder, dtype=DTYPES.get(options.dtype), device=device)
     task = tree_map(lambda tensor: tensor.to(device, model.stream_dtype(base)), task)
     print_memory(base, task)
@@ -109,14 +116,12 @@ def train(options: TrainOptions) -> Path:
     return out / "adapter"
 
 
-def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> list[data.Example]:
+def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> list[Example]:
     """The tokenised rows; prints how many there are and which were left out."""
-    codec = data.load_codec(folder, config.vocab_size)
-    rows = data.read_rows(options.data, question=options.question, answer=options.answer)[: options.limit]
-    form = data.Format(options.template, options.bos)
-    examples, dropped = data.encode_rows(
-        options.data, rows, codec, form, max_length=options.max_length, drop=options.drop
-    )
+    codec = load_codec(folder, config.vocab_size)
+    rows = read_rows(options.data, question=options.question, answer=options.answer)[: options.limit]
+    form = Format(options.template, options.bos)
+    examples, dropped = encode_rows(options.data, rows, codec, form, max_length=options.max_length, drop=options.drop)
     supervised = sum(example.supervised for example in examples)
     print(f"{options.data}: {len(examples)} rows, {supervised} tokens with loss, {len(dropped)} rows left out.")
     for reason in dropped[:10]:
@@ -126,7 +131,10 @@ def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> 
 
 def resolved(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the run's result, for settings.json."""
-    identity = {"model_fingerprint": checkpoint.fingerprint(folder), "data_sha256": checkpoint.sha256(Path(options.data))}
+    identity = {
+        "model_fingerprint": checkpoint.fingerprint(folder),
+        "data_sha256": checkpoint.sha256(Path(options.data)),
+    }
     base = {"model": str(folder.absolute()) if Path(options.model).is_dir() else options.model}
     return asdict(options) | chosen | base | identity | {"lfu": __version__, "torch": torch.__version__}
 
@@ -171,7 +179,12 @@ class Run:
 
 
 def follow(
-    run: Run, steps: Iterator[dict[str, float]], task: lora.Lora, optimizer: torch.optim.Optimizer, first: int, last: int
+    run: Run,
+    steps: Iterator[dict[str, float]],
+    task: lora.Lora,
+    optimizer: torch.optim.Optimizer,
+    first: int,
+    last: int,
 ) -> None:
     """Take the steps one by one, logging and saving; Ctrl-C ends the run after the step it is in, resumable."""
     log = run.out / "log.jsonl"
@@ -246,10 +259,207 @@ def restore(folder: Path, config: model.Config, task: lora.Lora, optimizer: torc
     return step
 
 
+# --- what eval and generate share ------------------------------------------------------------------
+
+
+class Speaker(NamedTuple):
+    """A model, with or without an adapter, that can be asked."""
+
+    config: model.Config
+    base: model.Params
+    adapters: list[lora.Adapter]
+    codec: Codec
+    format: Format
+
+
+def speaker(
+    name: str, adapter: str | None, template: str | None, bos: bool | None, dtype: str | None, device: str | None
+) -> Speaker:
+    """Load what answers. The prompt's format is the adapter's own, unless it is given; without either, `Format()`."""
+    folder = checkpoint.local_folder(name)
+    config = model.read_config(folder / "config.json")
+    codec = load_codec(folder, config.vocab_size)
+    stored = Format()
+    if adapter is not None and (Path(adapter) / "lfu_config.json").is_file():
+        settings = checkpoint.read_json(Path(adapter) / "lfu_config.json")
+        stored = Format(settings["template"], settings["bos"])
+    form = Format(template or stored.template, stored.bos if bos is None else bos)
+    place = choose_device(device)
+    adapters = [lora.load(Path(adapter), config, device=place)] if adapter is not None else []
+    config, base = model.load(folder, dtype=DTYPES.get(dtype), device=place)
+    to_stream = partial(Tensor.to, dtype=model.stream_dtype(base))
+    return Speaker(config, base, [(tree_map(to_stream, tree), scale) for tree, scale in adapters], codec, form)
+
+
+def choose_device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+# --- eval ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    model: str = option("model folder or hub id")
+    data: str = option("JSONL file of questions and reference answers")
+    adapter: str | None = option("adapter folder (default: the model alone)", None)
+    out: str | None = option("JSONL file for the predictions; must not exist", None)
+    score: str = option("gsm8k: strict and flexible; exact: equal text", "gsm8k", choices=list(evaluating.SCORES))
+    prompt: str = option(
+        "own: the adapter's template; harness: lm-evaluation-harness' gsm8k", "own", choices=["own", "harness"]
+    )
+    shots: int = option("worked examples in the harness prompt", 0)
+    shots_data: str | None = option("JSONL file to draw the worked examples from", None)
+    seed: int = option("seed of the worked examples", 42)
+    template: str | None = option(
+        "prompt template (default: the adapter's, else alpaca)", None, choices=list(TEMPLATES)
+    )
+    bos: bool | None = option("BOS before the prompt (default: as the adapter was trained)", None)
+    generate: bool = option("generate answers and score them", True)
+    nll: bool = option("measure the likelihood of the reference answers", True)
+    max_new_tokens: int = option("longest answer, in tokens", 256)
+    batch_size: int = option("rows at a time", 32)
+    limit: int | None = option("use only the first rows of the file", None)
+    question: str = option("name of the question column", "question")
+    answer: str = option("name of the answer column", "answer")
+    dtype: str | None = option(
+        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
+    )
+    device: str | None = option("cpu, cuda, ... (default: cuda where there is one)", None)
+
+
+def evaluate(options: EvalOptions) -> dict[str, Estimate]:
+    """Score a model or an adapter; prints and returns each score with its standard error and n."""
+    if options.out is not None and Path(options.out).exists():
+        raise InputError(f"{options.out} exists already; predictions are never overwritten. Choose another --out.")
+    if options.prompt == "harness" and options.shots and options.shots_data is None:
+        raise InputError(
+            "Worked examples need a file to be drawn from: give --shots-data, such as GSM8K's train.jsonl."
+        )
+    columns = {"question": options.question, "answer": options.answer}
+    rows = read_rows(options.data, **columns)[: options.limit]
+    pool = read_rows(options.shots_data, **columns) if options.shots_data else []
+    if options.shots >= max(len(pool), 1) and options.shots:
+        raise InputError(f"{options.shots_data} has {len(pool)} rows, too few for {options.shots} worked examples.")
+    who = speaker(options.model, options.adapter, options.template, options.bos, options.dtype, options.device)
+    results: dict[str, Estimate] = {}
+    if options.nll:
+        examples = [encode_row(who.codec, who.format, row) for row in rows]
+        results["nll"] = evaluating.answer_nll(
+            who.config, who.base, examples, who.adapters, batch_size=options.batch_size
+        )
+    if options.generate:
+        hits = predict(options, who, rows, pool)
+        results |= {name: evaluating.accuracy([hit[name] for hit in hits]) for name in hits[0]}
+    asked = f"harness, {options.shots}-shot" if options.prompt == "harness" else f"template {who.format.template}"
+    print(f"{options.data} ({asked}, at most {options.max_new_tokens} new tokens, greedy)")
+    for name, value in results.items():
+        print(f"  {name}: {described(name, value)}")
+    return results
+
+
+def predict(options: EvalOptions, who: Speaker, rows: list[Row], pool: list[Row]) -> list[dict[str, bool]]:
+    """Generate and score every row; each prediction is written as soon as its batch is done."""
+    score = evaluating.SCORES[options.score]
+    if options.prompt == "harness":
+        shots = [evaluating.draw_shots(pool, options.shots, options.seed, row) for row in rows]
+        prompts = [evaluating.harness_prompt(who.codec, row, drawn) for row, drawn in zip(rows, shots)]
+        stop = evaluating.HARNESS_STOPS
+    else:
+        prompts = [prompt_ids(who.codec, who.format, row.question) for row in rows]
+        stop = TEMPLATES[who.format.template].stops
+    answers = generating.generate(
+        who.config, who.base, who.codec, prompts, who.adapters,
+        max_new_tokens=options.max_new_tokens, stop=stop, batch_size=options.batch_size,
+    )  # fmt: skip
+    hits: list[dict[str, bool]] = [{} for _ in rows]
+    with open(options.out, "x", encoding="utf-8") if options.out else nullcontext() as file:
+        for index, completion in tqdm(answers, total=len(rows), unit="row"):
+            hits[index] = score(completion.text, rows[index].answer)
+            line = rows[index].fields | {"prediction": completion.text, "finished": completion.finished} | hits[index]
+            if file:
+                file.write(json.dumps({"row": rows[index].number, **line}, ensure_ascii=False) + "\n")
+                file.flush()
+    return hits
+
+
+def described(name: str, value: Estimate) -> str:
+    if name == "nll":
+        return f"{value.mean:.4f} ± {value.error:.4f} nats per answer token (n = {value.n} tokens)"
+    return f"{100 * value.mean:.2f} % ± {100 * value.error:.2f} (n = {value.n})"
+
+
+# --- generate --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    model: str = option("model folder or hub id")
+    question: str = option("what to ask")
+    adapter: str | None = option("adapter folder (default: the model alone)", None)
+    template: str | None = option(
+        "prompt template (default: the adapter's, else alpaca)", None, choices=list(TEMPLATES)
+    )
+    bos: bool | None = option("BOS before the prompt (default: as the adapter was trained)", None)
+    max_new_tokens: int = option("longest answer, in tokens", 256)
+    dtype: str | None = option(
+        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
+    )
+    device: str | None = option("cpu, cuda, ... (default: cuda where there is one)", None)
+
+
+def generate(options: GenerateOptions) -> str:
+    """Answer one question greedily; prints and returns the answer."""
+    who = speaker(options.model, options.adapter, options.template, options.bos, options.dtype, options.device)
+    prompt = prompt_ids(who.codec, who.format, options.question)
+    ((_, completion),) = generating.generate(
+        who.config, who.base, who.codec, [prompt], who.adapters,
+        max_new_tokens=options.max_new_tokens, stop=TEMPLATES[who.format.template].stops,
+    )  # fmt: skip
+    print(completion.text)
+    return completion.text
+
+
+# --- merge -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    model: str = option("model folder or hub id")
+    adapter: str = option("adapter folder")
+    out: str = option("folder for the merged model; must not exist")
+
+
+def merge(options: MergeOptions) -> Path:
+    """Write the model with the adapter added to its weights, as a complete Hugging Face folder in the model's dtype.
+
+    Prints the largest change that the rounding of the merged weights makes to the logits of 64 random tokens.
+    """
+    source, out = checkpoint.local_folder(options.model), Path(options.out)
+    if out.exists():
+        raise InputError(f"{out} exists already; choose another --out.")
+    config = model.read_config(source / "config.json")
+    adapter = lora.load(Path(options.adapter), config)
+    config, base = model.load(source, dtype=checkpoint.stored_dtype(source, "model.embed_tokens.weight"))
+    adapter = tree_map(partial(Tensor.to, dtype=model.stream_dtype(base)), adapter[0]), adapter[1]
+    merged = lora.merge(base, adapter)
+    checkpoint.write_model(out, source, model.named_tensors(config, merged), model.rope_keys(config))
+    tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    beside, inside = model.forward(config, base, tokens, [adapter])[0], model.forward(config, merged, tokens)[0]
+    print(
+        f"{out}: merged in {base.embed.dtype}. On 64 random tokens the logits change by at most "
+        f"{float((inside - beside).abs().max()):.3g}, of at most {float(beside.abs().max()):.3g}."
+    )
+    return out
+
+
 # --- the command line ------------------------------------------------------------------------------
 
 VERBS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
     "train": (TrainOptions, train, "fine-tune an adapter"),
+    "eval": (EvalOptions, evaluate, "score a model or an adapter"),
+    "generate": (GenerateOptions, generate, "answer a question"),
+    "merge": (MergeOptions, merge, "write a model folder with the adapter merged in"),
 }
 
 
@@ -270,7 +480,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line, made from the options objects."""
-    root = argparse.ArgumentParser(prog="lfu", description="Fine-tune language models with Learning from the Undesirable.")
+    root = argparse.ArgumentParser(
+        prog="lfu", description="Fine-tune language models with Learning from the Undesirable."
+    )
     root.add_argument("--version", action="version", version=f"lfu {__version__}")
     verbs = root.add_subparsers(dest="verb", required=True)
     for name, (options, function, help) in VERBS.items():
@@ -283,7 +495,7 @@ def parser() -> argparse.ArgumentParser:
 def add_option(verb: argparse.ArgumentParser, each: Field) -> None:
     how = dict(each.metadata)
     flag, text = how.pop("flag", "--" + each.name.replace("_", "-")), how.pop("help")
-    if each.type is bool:
+    if "bool" in str(each.type):
         verb.add_argument(flag, dest=each.name, action=argparse.BooleanOptionalAction, default=each.default, help=text)
         return
     required = each.default is MISSING

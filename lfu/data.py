@@ -1,7 +1,7 @@
 """Data: JSONL rows -> templates -> tokens and labels -> batches.
 
-A prompt and its answer are tokenised apart and joined, so the boundary between what is given and what is learned is exact,
-and generation later starts from the very same prompt tokens. An example is
+A prompt and its answer are tokenised apart and joined, so the boundary between what is given and what is learned is
+exact, and generation later starts from the very same prompt tokens. An example is
 
     [BOS] prompt answer EOS          labels: -100 over BOS and prompt; answer and EOS carry loss
 
@@ -100,6 +100,7 @@ class Template(NamedTuple):
 
     pieces: tuple[str, ...]
     before_answer: str = ""
+    stops: tuple[str, ...] = ()  # where a model that goes on to invent the next question is cut off
 
 
 TEMPLATES = {
@@ -109,10 +110,11 @@ TEMPLATES = {
             "Below is an instruction that describes a task. "
             "Write a response that appropriately completes the request.\n\n",
             "### Instruction:\n{question}\n\n### Response:\n",
-        )
+        ),
+        stops=("### Instruction:",),
     ),
     # lm-evaluation-harness `tasks/gsm8k/gsm8k.yaml`, zero-shot.
-    "question": Template(("Question: {question}\nAnswer:",), before_answer=" "),
+    "question": Template(("Question: {question}\nAnswer:",), before_answer=" ", stops=("Question:",)),
     "plain": Template(("{question}",)),
 }
 
@@ -175,10 +177,13 @@ def bos_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
     """All EOS ids the folder declares, the one that ends training answers first."""
-    found = []
+    found: list[int | None] = []
     if (folder / "tokenizer_config.json").is_file():
         token = read_json(folder / "tokenizer_config.json").get("eos_token")
-        found.append(tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None)
+        text = token["content"] if isinstance(token, dict) else token
+        if text and tokenizer.token_to_id(text) is None:
+            raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token {text!r} is not in tokenizer.json.")
+        found.append(tokenizer.token_to_id(text) if text else None)
     for name in ("generation_config.json", "config.json"):
         declared = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
         found += declared if isinstance(declared, list) else [declared]
@@ -215,7 +220,7 @@ def encode_rows(
     examples, dropped = [], []
     for row in rows:
         example = encode_row(codec, format, row)
-        fault = fault_of(row, example, codec, max_length)
+        fault = fault_of(row, example, codec, format, max_length)
         if fault and not drop:
             raise InputError(f"{path}, line {row.number}: {fault}. Mend the row, or leave such rows out with --drop.")
         if fault:
@@ -223,20 +228,22 @@ def encode_rows(
         else:
             examples.append(example)
     if not examples:
-        raise InputError(f"{path}: no usable rows; the first was left out because of {dropped[0]}.")
+        raise InputError(f"{path}: no usable rows{f'; {dropped[0]}' if dropped else ''}.")
     return examples, dropped
 
 
-def fault_of(row: Row, example: Example, codec: Codec, max_length: int) -> str | None:
+def fault_of(row: Row, example: Example, codec: Codec, format: Format, max_length: int) -> str | None:
     """Why a row cannot be trained on, or None."""
+    text = example.tokens[len(codec.bos) if format.bos else 0 : -1]
+    special = [token for token in text if token in codec.bos or token in codec.stops]
     if not row.question.strip() or not row.answer.strip():
         return "the question or the answer is empty"
     if len(example.tokens) > max_length:
         return f"{len(example.tokens)} tokens are more than the maximum of {max_length}"
     if example.supervised < 1:
         return "no token carries loss"
-    if any(example.tokens.count(token) > 1 for token in codec.bos if token != codec.eos):
-        return "the text itself contains the BOS token"
+    if special:
+        return f"the text itself contains the special token {codec.tokenizer.id_to_token(special[0])}"
     return None
 
 
@@ -255,11 +262,15 @@ def split_by_length(examples: Sequence[Example], size: int) -> list[list[Example
 
 
 def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> Batch:
-    """Right-padded tokens and labels. Padding is told by its place, so any token may fill it."""
-    length = max(len(example.tokens) for example in examples)
-    tokens = torch.zeros(len(examples), length, dtype=torch.int64)
-    labels = torch.full_like(tokens, IGNORED)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
-        labels[row, example.prompt : len(example.tokens)] = tokens[row, example.prompt : len(example.tokens)]
+    """Right-padded tokens, and labels that are -100 over the prompt and the padding."""
+    tokens = pad([example.tokens for example in examples])
+    labels = pad([[IGNORED] * example.prompt + example.tokens[example.prompt :] for example in examples], IGNORED)
     return Batch(tokens.to(device), labels.to(device))
+
+
+def pad(rows: Sequence[Sequence[int]], filler: int = 0) -> Tensor:  # -> [B,T] int64
+    """Rows of unequal length as one tensor. What is padding is told by its place, so any token may fill it."""
+    padded = torch.full((len(rows), max(map(len, rows))), filler)
+    for row, values in enumerate(rows):
+        padded[row, : len(values)] = torch.tensor(values)
+    return padded

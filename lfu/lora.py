@@ -1,7 +1,8 @@
 """LoRA: a low-rank term s·B A beside a frozen weight, as a value (Hu et al. 2022; PEFT `tuners/lora/layer.py`).
 
-A `Lora` is a plain tree of tensors, so it can be differentiated, stepped, stacked, merged and saved. It enters the decoder
-in `model.adapted`; nothing is wrapped or patched. The scale lora_alpha / r stays outside the tree: it is not trained.
+A `Lora` is a plain tree of tensors, so it can be differentiated, stepped, stacked, merged and saved. It enters the
+decoder in `model.adapted`; nothing is wrapped or patched. The scale lora_alpha / r stays outside the tree: it is not
+trained.
 
 Files have PEFT's layout and load in `peft` unchanged. Read next: `steering.py`.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lfu import InputError
-from lfu.checkpoint import open_safetensors, read_json, read_tensors, some, write_json, write_tensors
+from lfu.checkpoint import read_json, read_tensors, some, tensor_files, write_json, write_tensors
 from lfu.model import MODULES, Config, Params, layer_shapes, stream_dtype
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -33,7 +34,7 @@ Adapter = tuple[Lora, float]
 
 
 def init(config: Config, rank: int, *, generator: torch.Generator, targets: tuple[str, ...] = TARGETS) -> Lora:
-    """A fresh adapter, float32, on the generator's device: A ~ U(-1/√in, 1/√in), B = 0, so that it changes nothing yet."""
+    """A fresh adapter, float32, on the generator's device: A ~ U(-1/√in, 1/√in), and B = 0: it changes nothing yet."""
     if rank < 1:
         raise InputError(f"The rank of a LoRA must be at least 1, not {rank}.")
     unknown = set(targets) - set(TARGETS)
@@ -92,6 +93,10 @@ def save(folder: Path, adapter: Adapter, *, base: str) -> None:
     """
     lora, scale = adapter
     rank = next(iter(lora[0].values())).A.shape[0]
+    if any(set(layer) != set(lora[0]) or any(len(pair.A) != rank for pair in layer.values()) for layer in lora):
+        raise InputError(
+            f"{folder}: a PEFT folder has one rank and one set of layers for all blocks; this adapter has more."
+        )
     write_json(
         folder / "adapter_config.json",
         {
@@ -135,8 +140,8 @@ def load(
 ) -> Adapter:
     """Read a PEFT LoRA folder for the model of `config`; float32 unless `dtype` says otherwise.
 
-    InputError for options that change the computation and are not supported (DoRA, biases, per-layer ranks, ...), and for
-    an adapter of another model: every tensor must be there, nothing else, and each in its shape.
+    InputError for options that change the computation and are not supported (DoRA, biases, per-layer ranks, ...), and
+    for an adapter of another model: every tensor must be there, nothing else, and each in its shape.
     """
     folder = Path(folder)
     options = read_json(folder / "adapter_config.json")
@@ -166,29 +171,48 @@ def refuse_unsupported(folder: Path, options: dict) -> None:
     for key in ("r", "lora_alpha"):
         if not isinstance(options.get(key), int | float) or options[key] <= 0:
             raise InputError(f"{path}: {key} must be a positive number, not {options.get(key)!r}.")
-    plain = {"bias": "none"}
-    switches = (
-        "use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "layers_to_transform", "layers_pattern",
-        "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices", "layer_replication",
-        "exclude_modules", "alora_invocation_tokens",
-    )  # fmt: skip
-    for key in ("bias", *switches):
-        if options.get(key) and options[key] != plain.get(key):
+    plain = {
+        "bias": ("none",),
+        "init_lora_weights": (True, "gaussian"),
+    }  # other initialisations change the base weights
+    for key in ("bias", "init_lora_weights", *VARIANTS):
+        if options.get(key) and options[key] not in plain.get(key, ()):
             raise InputError(f"{path}: {key} = {options[key]!r} is not supported; only plain LoRA is.")
 
 
+VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_replication",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+    "exclude_modules",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "eva_config",
+    "kasa_config",
+    "monteclora_config",
+)
+"""Options of PEFT that, when set, make an adapter more than s·B A on every block."""
+
+
 def read_targets(folder: Path, options: dict) -> tuple[str, ...]:
-    """The adapted layers. `target_modules` may be a pattern in PEFT, so the tensors' names decide; a list must agree."""
-    names = (
-        open_safetensors(folder / "adapter_model.safetensors").keys()
-        if (folder / "adapter_model.safetensors").is_file()
-        else []
-    )
+    """The adapted layers, by the tensors' names: `target_modules` may be a pattern in PEFT. A list must agree."""
+    names = tensor_files(folder, "adapter_model")
     held = tuple(name for name in TARGETS if any(f".{MODULES[name]}.lora_" in tensor for tensor in names))
     listed = options.get("target_modules")
     if isinstance(listed, list) and set(listed) != set(held):
         raise InputError(
-            f"{folder}: adapter_config.json lists target_modules {sorted(listed)}, adapter_model.safetensors holds tensors "
-            f"for {some(sorted(held), 7) or 'none of the supported layers'}."
+            f"{folder}: adapter_config.json lists target_modules {sorted(listed)}, but adapter_model.safetensors holds "
+            f"tensors for {some(sorted(held), 7) or 'none of the supported layers'}."
         )
     return held

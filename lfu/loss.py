@@ -44,8 +44,9 @@ def consistency_loss(
 ) -> Tensor:  # K x [B,T,D] twice, [B,T] bool -> []
     """Eq. 5: mean over the masked positions and the chosen blocks of ‖detach(h) - h'‖².
 
-    `layers` are block numbers from 1 to K, None for all. `norm` "sum" is the squared L2 norm as printed; "mean" divides it
-    by D, which is what the published λ belongs to. No gradient flows into `hidden`. ValueError for an unknown block or norm.
+    `layers` are block numbers from 1 to K, None for all. `norm` "sum" is the squared L2 norm as printed; "mean"
+    divides it by D, which is what the published λ belongs to. No gradient flows into `hidden`. ValueError for an
+    unknown block or norm.
     """
     require_norm(norm)
     reduce = torch.mean if norm == "mean" else torch.sum

@@ -91,7 +91,7 @@ class Steering(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The keys and values of the tokens decoded so far. Row b has `lengths[b]` of them; what lies behind is never seen."""
+    """The keys and values of the tokens decoded so far: `lengths[b]` in row b; what lies behind is never seen."""
 
     keys: list[Tensor]  # K of [B, G, capacity, h]
     values: list[Tensor]  # K of [B, G, capacity, h]
@@ -238,9 +238,9 @@ def recording(record: Record) -> Product:
 def relative_to(record: Record) -> Product:
     """Difference-exact products: W x = y₀ + W (x - x₀), where y₀ = W x₀ was recorded.
 
-    The perturbed representations differ from the clean ones by far less than their size. Rounding both to bfloat16 would
-    leave noise where their difference is the loss; here only the difference itself is rounded. Each entry is used once
-    and dropped, so that memory falls as the pass goes.
+    The perturbed representations differ from the clean ones by far less than their size. Rounding both to bfloat16
+    would leave noise where their difference is the loss; here only the difference itself is rounded. Each entry is
+    used once and dropped, so that memory falls as the pass goes.
     """
 
     def product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
@@ -298,12 +298,15 @@ def decode(
 ) -> tuple[Tensor, Cache]:  # [B,T], [B] -> [B,V]
     """Feed the first counts[b] tokens of each right-padded row; logits behind the last of them, and the longer cache.
 
-    A row's tokens stand at positions lengths[b] onward, in the cache slots of the same numbers, so rows of unequal length
-    need no left padding: filler lands in slots that no query sees before real tokens overwrite them. The slots are written
-    in place, and the cache passed in stays valid for its own lengths.
+    A row's tokens stand at positions lengths[b] onward, in the cache slots of the same numbers, so rows of unequal
+    length need no left padding: filler lands in slots that no query sees before real tokens overwrite them. The slots
+    are written in place, and the cache passed in stays valid for its own lengths. ValueError if it lacks room, filler
+    included.
     """
     positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B,T]
     end = int(positions.max()) + 1
+    if end > cache.keys[0].shape[2]:
+        raise InputError(f"The cache has room for {cache.keys[0].shape[2]} tokens a row; {end} are needed.")
     mask = visible(positions, torch.arange(end, device=tokens.device), config.sliding_window)[:, None]  # [B,1,T,end]
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
 
@@ -350,9 +353,9 @@ def load(
 ) -> tuple[Config, Params]:
     """Read config.json and the weights of a folder or hub id.
 
-    `dtype` None means the file's own dtype on an accelerator and float32 on the CPU. Weights that need no conversion are
-    views of the memory-mapped file (CPU) or go straight to the device. InputError names whatever is missing, unexpected,
-    mis-shaped or not supported.
+    `dtype` None means the file's own dtype on an accelerator and float32 on the CPU. Weights that need no conversion
+    are views of the memory-mapped file (CPU) or go straight to the device. InputError names whatever is missing,
+    unexpected, mis-shaped or not supported.
     """
     folder = local_folder(path)
     config = read_config(folder / "config.json")
@@ -426,43 +429,45 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "
 
 def read_config(path: Path) -> Config:
     """config.json -> Config. Keys that do not shape the computation are ignored; values that this decoder cannot
-    compute (biases, other activations, other rope types, quantisation) raise InputError with the key and the value."""
+    compute (biases, other activations, other rope types, quantisation) raise InputError with the key and the
+    value."""
     raw = read_json(path)
-    kind = raw.get("model_type")
-    if kind not in ARCHITECTURES or raw.get("architectures", [ARCHITECTURES[kind]]) != [ARCHITECTURES[kind]]:
-        raise InputError(
-            f"{path}: model_type {kind!r} with architectures {raw.get('architectures')!r} is not supported; supported are "
-            + ", ".join(f"{name} ({architecture})" for name, architecture in ARCHITECTURES.items())
-            + "."
-        )
+    kind = str(raw.get("model_type"))
+    if kind not in ARCHITECTURES or raw.get("architectures") not in (None, [ARCHITECTURES[kind]]):
+        given = f"model_type {raw.get('model_type')!r} with architectures {raw.get('architectures')!r}"
+        known = ", ".join(f"{name} ({architecture})" for name, architecture in ARCHITECTURES.items())
+        raise InputError(f"{path}: {given} is not supported; these are: {known}.")
     refuse_unsupported(path, raw)
-    heads = required(path, raw, "num_attention_heads")
-    hidden_size = required(path, raw, "hidden_size")
+    hidden_size, heads = positive(path, raw, "hidden_size"), positive(path, raw, "num_attention_heads")
+    theta, scaling = read_rope(path, raw)
     config = Config(
         model_type=kind,
-        vocab_size=required(path, raw, "vocab_size"),
+        vocab_size=positive(path, raw, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=required(path, raw, "intermediate_size"),
-        num_hidden_layers=required(path, raw, "num_hidden_layers"),
+        intermediate_size=positive(path, raw, "intermediate_size"),
+        num_hidden_layers=positive(path, raw, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else hidden_size // heads),
-        rms_norm_eps=required(path, raw, "rms_norm_eps"),
-        rope_theta=read_rope_theta(path, raw),
-        rope_scaling=read_rope_scaling(path, raw),
-        sliding_window=raw.get("sliding_window", 4096) if kind == "mistral" else None,
+        num_key_value_heads=positive(path, raw, "num_key_value_heads", heads),
+        head_dim=positive(path, raw, "head_dim", 128 if kind == "qwen3" else hidden_size // heads),
+        rms_norm_eps=positive(path, raw, "rms_norm_eps", kind=float),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        sliding_window=read_window(path, raw),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
     )
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise InputError(f"{path}: {heads} attention heads cannot share {config.num_key_value_heads} key/value heads.")
+    require_divisible(path, raw, config)
     return config
 
 
-def required(path: Path, raw: dict, key: str) -> Any:
-    value = raw.get(key)
-    if not isinstance(value, int | float) or value <= 0:
-        raise InputError(f"{path}: {key} must be a positive number, not {value!r}.")
-    return value
+def positive(path: Path, raw: dict, key: str, default: float | None = None, kind: type = int) -> Any:
+    """A positive number of this kind; null or an absent key mean the default, if there is one."""
+    value = default if raw.get(key) is None else raw[key]
+    accepted = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, accepted) or not value > 0:
+        raise InputError(
+            f"{path}: {key} must be a positive {'integer' if kind is int else 'number'}, not {raw.get(key)!r}."
+        )
+    return kind(value)
 
 
 def refuse_unsupported(path: Path, raw: dict) -> None:
@@ -482,26 +487,59 @@ def refuse_unsupported(path: Path, raw: dict) -> None:
         raise InputError(f"{path}: layer_types {sorted(kinds)} are not supported; every layer must be full_attention.")
 
 
-def read_rope_theta(path: Path, raw: dict) -> float:
-    """`rope_theta` at the top level (transformers 4) or inside `rope_parameters` (5); both must agree."""
-    given = {raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")} - {None}
-    if len(given) > 1:
-        raise InputError(f"{path}: rope_theta and rope_parameters.rope_theta disagree: {sorted(given)}. Keep one.")
-    return float(given.pop()) if given else 10000.0
+def require_divisible(path: Path, raw: dict, config: Config) -> None:
+    """InputError for heads that do not divide what they share."""
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(
+            f"{path}: {config.num_attention_heads} attention heads cannot share {config.num_key_value_heads} key/value "
+            "heads evenly (num_attention_heads, num_key_value_heads)."
+        )
+    if raw.get("head_dim") is None and config.model_type != "qwen3" and config.hidden_size % config.num_attention_heads:
+        raise InputError(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads.")
+    if config.head_dim % 2:
+        raise InputError(f"{path}: head_dim must be even for rotary embedding, not {config.head_dim}.")
 
 
-def read_rope_scaling(path: Path, raw: dict) -> Llama3Scaling | None:
-    """`rope_scaling` (transformers 4) or `rope_parameters` (5); both must agree. Only `default` and `llama3` are known."""
-    readings = {rope_reading(path, key, raw[key]) for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
-    if len(readings) > 1:
-        raise InputError(f"{path}: rope_scaling and rope_parameters disagree. Keep one, or make them equal.")
-    return readings.pop() if readings else None
+def read_window(path: Path, raw: dict) -> int | None:
+    """Mistral's window: 4096 where the key is absent, none where it is null. Other families have none."""
+    if raw["model_type"] != "mistral" or raw.get("sliding_window", 4096) is None:
+        return None
+    return positive(path, raw, "sliding_window", 4096)
 
 
-def rope_reading(path: Path, key: str, rope: dict) -> Llama3Scaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+def read_rope(path: Path, raw: dict) -> tuple[float, Llama3Scaling | None]:
+    """Base and scaling of the rotary embedding, from `rope_theta` and `rope_scaling` (transformers 4),
+    `rope_parameters` (5), or both where they agree."""
+    blocks = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
+    scalings = {read_scaling(path, key, block) for key, block in blocks.items()}
+    holders = [raw, *blocks.values()]
+    thetas = {positive(path, each, "rope_theta", kind=float) for each in holders if each.get("rope_theta") is not None}
+    if len(scalings) > 1 or len(thetas) > 1:
+        raise InputError(
+            f"{path}: rope_theta, rope_scaling and rope_parameters disagree. Keep one, or make them equal."
+        )
+    return thetas.pop() if thetas else 10000.0, scalings.pop() if scalings else None
+
+
+def read_scaling(path: Path, key: str, block: Any) -> Llama3Scaling | None:
+    """One block of rotary settings; only the types `default` and `llama3` are known."""
+    if not isinstance(block, dict):
+        raise InputError(f"{path}: {key} must be an object, not {block!r}.")
+    kind = block.get("rope_type") or block.get("type") or "default"
+    if kind not in ("default", "llama3"):
+        raise InputError(f"{path}: {key} has rope type {kind!r}; supported are 'default' and 'llama3'.")
+    unknown = set(block) - {"rope_type", "type", "rope_theta", *Llama3Scaling._fields}
+    if unknown:
+        raise InputError(f"{path}: {key} has keys that are not known here: {', '.join(sorted(unknown))}.")
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise InputError(f"{path}: {key} has rope type {kind!r}; supported are 'default' and 'llama3'.")
-    return Llama3Scaling(*(required(path, rope, field) for field in Llama3Scaling._fields))
+    *factors, original = Llama3Scaling._fields
+    numbers = [positive(path, block, name, kind=float) for name in factors]
+    return Llama3Scaling(*numbers, positive(path, block, original))
+
+
+def rope_keys(config: Config) -> dict[str, Any]:
+    """The rotary keys of config.json in both forms, for a folder that any transformers will read the same."""
+    scaling = {"rope_type": "llama3", **config.rope_scaling._asdict()} if config.rope_scaling else None
+    parameters = (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
+    return {"rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}

@@ -1,10 +1,12 @@
 """Learning from the Undesirable: the step of Algorithms 1 and 2, and the loop around it.
 
-`lfu_gradient` is the paper in one function. The auxiliary component starts as a no-op (B = 0, or d = 0), so θ and θ_aux
-compute the same thing there, and one forward and one backward pass yield both the gradient of the SFT loss (Eq. 1) and
-the ascent direction (Eq. 2). One more of each yields the gradient of the consistency loss (Eqs. 3 to 5). Eq. 6 adds them.
+`lfu_gradient` is the paper in one function. The auxiliary component starts as a no-op (B = 0, or d = 0), so θ and
+θ_aux compute the same thing there, and one forward and one backward pass yield both the gradient of the SFT loss (Eq.
+1) and the ascent direction (Eq. 2). One more of each yields the gradient of the consistency loss (Eqs. 3 to 5). Eq. 6
+adds them.
 
-Gradients are values: `torch.func` returns them, trees of the same shape as what they belong to. Read next: `methods.py`.
+Gradients are values: `torch.func` returns them, trees of the same shape as what they belong to. Read next:
+`methods.py`.
 """
 
 import math
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
+from torch.func import vjp
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lfu import InputError
@@ -35,11 +37,11 @@ Method = Callable[[Config, Params, Lora, Batch, torch.Generator], tuple[Lora, Me
 def sft_gradient(config: Config, base: Params, task: Lora, batch: Batch, *, scale: float) -> tuple[Lora, Metrics]:
     """Gradient of the SFT loss (Eq. 1) with respect to the task LoRA, and {"sft": loss}."""
 
-    def objective(task: Lora) -> Tensor:
+    def objective(task: Lora) -> tuple[Tensor, Any]:
         logits, _ = forward(config, base, batch.tokens, [(task, scale)])
-        return sft_loss(logits, batch.labels)
+        return sft_loss(logits, batch.labels), ()
 
-    gradient, sft = grad_and_value(objective)(task)
+    (gradient,), sft, _ = differentiate(objective, task)
     return gradient, {"sft": sft}
 
 
@@ -76,17 +78,27 @@ def lfu_gradient(
         logits, hidden = forward(config, base, batch.tokens, *with_aux(task, aux), recording(record))
         return sft_loss(logits, batch.labels), (hidden, record)
 
-    def consistency(task: Lora, aux: Aux, hidden: list[Tensor], record: dict) -> Tensor:  # Eqs. 3-5
+    def consistency(task: Lora) -> tuple[Tensor, Any]:  # Eqs. 3-5, at the undesirable aux; no logits
         x = embed(base, batch.tokens)
-        perturbed = trunk(config, base, x, *with_aux(task, aux), relative_to(record))
-        return consistency_loss(hidden, perturbed, mask, layers=layers, norm=norm)
+        perturbed = trunk(config, base, x, *with_aux(task, undesirable), relative_to(record))
+        return consistency_loss(hidden, perturbed, mask, layers=layers, norm=norm), ()
 
-    # What leaves through has_aux is constant: h carries no gradient, and the record none either.
-    (g_task, g_aux), (sft, (hidden, record)) = grad_and_value(objective, argnums=(0, 1), has_aux=True)(task, aux)
+    (g_task, g_aux), sft, (hidden, record) = differentiate(objective, task, aux)
     undesirable = ascend(aux, g_aux, alpha)  # Eq. 2
-    g_cons, cons = grad_and_value(consistency)(task, undesirable, hidden, record)
+    (g_cons,), cons, _ = differentiate(consistency, task)
     gradient = tree_map(lambda g, c: g + lam * c, g_task, g_cons)  # Eq. 6
     return gradient, {"sft": sft, "consistency": cons, "ascent_norm": global_norm(g_aux)}
+
+
+def differentiate(objective: Callable[..., tuple[Tensor, Any]], *arguments: Any) -> tuple[tuple[Any, ...], Tensor, Any]:
+    """The gradient of an objective with respect to each argument, its value, and what else it returned, as constants.
+
+    `torch.func.grad_and_value` would do, but it keeps the backward pass differentiable too, which nobody asks for here:
+    the same numbers cost twice the memory.
+    """
+    value, pullback, constants = vjp(objective, *arguments, has_aux=True)
+    with torch.no_grad():
+        return pullback(torch.ones_like(value), retain_graph=False), value, constants
 
 
 def ascend(aux: Aux, gradient: Aux, alpha: float) -> Aux:
@@ -162,8 +174,8 @@ def train(
     """Algorithms 1 and 2, from step `first` to the last: after each optimizer step, yields that step's metrics.
 
     `optimizer` holds the tensors of `task` (see `adamw`) and updates them in place. Everything drawn at random is a
-    function of (seed, epoch) or (seed, step, micro-batch), so a run that continues from a saved task and optimizer is the
-    run that was never interrupted. FloatingPointError, before the update, if a loss or gradient is not finite.
+    function of (seed, epoch) or (seed, step, micro-batch), so a run that continues from a saved task and optimizer is
+    the run that was never interrupted. FloatingPointError, before the update, if a loss or gradient is not finite.
     """
     device = base.embed.device
     steps = total_steps(len(examples), settings)
@@ -251,6 +263,7 @@ def require_finite(gradient: Lora, metrics: Metrics, step: int, micro_batch: Seq
     if not all(math.isfinite(value) for value in [*metrics.values(), global_norm(gradient)]):
         values = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
         raise FloatingPointError(
-            f"Step {step + 1}: the loss or its gradient is not finite ({values}) for rows "
-            f"{[example.row for example in micro_batch]}. No update was made. Lower the learning rate, α or λ, or use float32."
+            f"Step {step + 1}: the loss or its gradient is not finite ({values}) for the rows of lines "
+            f"{[example.row for example in micro_batch]}. No update was made. Lower the learning rate, α or λ, or use "
+            "float32."
         )

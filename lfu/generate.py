@@ -1,0 +1,97 @@
+"""Greedy decoding, many prompts at a time.
+
+Each prompt goes once through the decoder to fill the cache, then one token at a time. Rows of a batch may differ in
+length and end at different times: finished rows leave the batch as soon as half of it is finished. A row's result
+does not depend on what it is batched with. Read next: `evaluate.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lfu.data import Codec, pad
+from lfu.lora import Adapter
+from lfu.model import Cache, Config, Params, decode, empty_cache
+
+
+class Completion(NamedTuple):
+    text: str  # up to the EOS token or the first stop string
+    tokens: list[int]  # everything generated before EOS
+    finished: bool  # False: the budget of new tokens ran out
+
+
+def generate(
+    config: Config,
+    params: Params,
+    codec: Codec,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[Adapter] = (),
+    *,
+    max_new_tokens: int = 256,
+    stop: Sequence[str] = (),
+    batch_size: int = 32,
+) -> Iterator[tuple[int, Completion]]:
+    """Yields (index of the prompt, its completion), batch by batch, prompts of similar length together.
+
+    A completion ends at any EOS id of `codec`, or where its text first contains a string of `stop`, which is cut off.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = [prompts[index] for index in indices]
+        tokens = greedy(config, params, codec, batch, adapters, max_new_tokens, stop)
+        yield from zip(indices, (complete(codec, ids, stop) for ids in tokens))
+
+
+def greedy(
+    config: Config,
+    params: Params,
+    codec: Codec,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[Adapter],
+    max_new_tokens: int,
+    stop: Sequence[str],
+) -> list[list[int]]:
+    """The new tokens of each prompt, the EOS included where there is one."""
+    device = params.embed.device
+    counts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    cache = empty_cache(config, params, len(prompts), int(counts.max()) + max_new_tokens)
+    rows, outputs = list(range(len(prompts))), [[] for _ in prompts]
+    logits, cache = decode(config, params, pad(prompts).to(device), counts, cache, adapters)
+    for _ in range(max_new_tokens):
+        chosen = logits.argmax(-1)  # [rows]
+        for row, token in zip(rows, chosen.tolist()):
+            if not ended(codec, outputs[row], stop):
+                outputs[row].append(token)
+        going = [place for place, row in enumerate(rows) if not ended(codec, outputs[row], stop)]
+        if not going:
+            break
+        if 2 * len(going) <= len(rows):
+            rows, kept = [rows[place] for place in going], torch.tensor(going, device=device)
+            chosen, cache = chosen[kept], select(cache, kept)
+        logits, cache = decode(config, params, chosen[:, None], torch.ones_like(chosen), cache, adapters)
+    return outputs
+
+
+def ended(codec: Codec, tokens: list[int], stop: Sequence[str]) -> bool:
+    """Whether a row has reached an EOS id or a stop string."""
+    if not tokens:
+        return False
+    return tokens[-1] in codec.stops or any(string in codec.tokenizer.decode(tokens) for string in stop)
+
+
+def select(cache: Cache, rows: Tensor) -> Cache:
+    """The cache of some of its rows."""
+    keys, values = ([slots[rows] for slots in held] for held in (cache.keys, cache.values))
+    return Cache(keys, values, cache.lengths[rows])
+
+
+def complete(codec: Codec, tokens: list[int], stop: Sequence[str]) -> Completion:
+    """Tokens -> text without EOS, cut at the first stop string."""
+    finished = ended(codec, tokens, stop)
+    tokens = tokens[:-1] if tokens and tokens[-1] in codec.stops else tokens
+    text = codec.tokenizer.decode(tokens)
+    cut = min((text.index(string) for string in stop if string in text), default=len(text))
+    return Completion(text[:cut], tokens, finished)

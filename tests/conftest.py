@@ -1,0 +1,30 @@
+"""Shared by all tests: one thread, and one transformers model of each kind, written to disk once."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import KINDS, save_reference
+
+# The models are so small that more threads only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """kind -> a folder with a random model of that kind, as transformers writes it. To be read, not changed."""
+
+    @cache
+    def folder(kind: str) -> Path:
+        path = tmp_path_factory.mktemp(kind)
+        save_reference(kind, path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param

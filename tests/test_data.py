@@ -1,0 +1,392 @@
+"""From a JSONL file to a batch: which tokens a model sees, which of them carry loss, and what is refused.
+
+The tokenizer is built here, one token a byte and four merges, so that every expected token can be written down. The
+merges sit exactly where a careless implementation would let a prompt grow into its answer.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from lfu.data import (
+    TEMPLATES,
+    Codec,
+    Example,
+    Format,
+    Row,
+    collate,
+    encode_row,
+    encode_rows,
+    load_codec,
+    prompt_ids,
+    read_rows,
+    shuffled,
+    split_by_length,
+)
+from lfu.loss import IGNORED
+
+PROMPTS = {
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nWhy?\n\n### Response:\n"
+    ),
+    "question": "Question: Why?\nAnswer:",
+    "plain": "Why?",
+}
+"""What each template makes of the question "Why?"."""
+ANSWERS = {"alpaca": "So.", "question": " So.", "plain": "So."}
+PLAIN = Format("plain")
+
+# The first row of GSM8K's train.jsonl, as published.
+GSM8K = (
+    r'{"question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How '
+    r'many clips did Natalia sell altogether in April and May?", "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in '
+    r"May.\nNatalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72"
+    r'"}'
+)
+
+
+def tokenizer(*, bos: bool) -> Tokenizer:
+    """One token a byte, the merges a+b, newline+newline, newlines+#, :+newline, and <s> in front where `bos` is set."""
+    merges = [("a", "b"), ("Ċ", "Ċ"), ("ĊĊ", "#"), (":", "Ċ")]
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    made = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>", "<end>"])
+    if bos:
+        start = [("<s>", made.token_to_id("<s>"))]
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
+    return made
+
+
+VOCABULARY = tokenizer(bos=True).get_vocab_size()
+EOS, END = (tokenizer(bos=True).token_to_id(token) for token in ("</s>", "<end>"))
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Codec]:
+    """Write a tokenizer and the given JSON files to a folder, and load them."""
+
+    def load(bos: bool = True, made: Tokenizer | None = None, size: int = VOCABULARY, **files: Any) -> Codec:
+        (made or tokenizer(bos=bos)).save(str(tmp_path / "tokenizer.json"))
+        for name, content in (files or {"tokenizer_config": {"eos_token": "</s>"}}).items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return load_codec(tmp_path, size)
+
+    return load
+
+
+def spelled(codec: Codec, ids: list[int]) -> list[str]:
+    return [codec.tokenizer.id_to_token(token) for token in ids]
+
+
+def text(codec: Codec, ids: list[int]) -> str:
+    return codec.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+# --- tokens and labels ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", PROMPTS)
+def test_a_template_is_this_text_to_the_letter(load: Callable[..., Codec], template: str) -> None:
+    codec = load()
+    tokens, prompt, _ = encode_row(codec, Format(template), Row(1, "Why?", "So.", {}))
+    assert text(codec, tokens[:prompt]) == "<s>" + PROMPTS[template]
+    assert text(codec, tokens[prompt:]) == ANSWERS[template] + "</s>"
+
+
+def test_every_template_has_its_text_here() -> None:
+    assert set(TEMPLATES) == set(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_bos", "format_bos", "start"),
+    [(True, True, ["<s>"]), (True, False, []), (False, True, []), (False, False, [])],
+)
+def test_one_bos_where_tokenizer_and_format_want_it(
+    load: Callable[..., Codec], tokenizer_bos: bool, format_bos: bool, start: list[str]
+) -> None:
+    codec = load(tokenizer_bos)
+    example = encode_row(codec, Format("plain", bos=format_bos), Row(5, "Hi", "Yo", {}))
+    assert spelled(codec, example.tokens) == [*start, "H", "i", "Y", "o", "</s>"]
+    assert example.prompt == len(start) + 2
+    assert example.supervised == 3
+    assert example.row == 5
+
+
+def test_prompt_and_answer_are_tokenised_apart(load: Callable[..., Codec]) -> None:
+    codec = load()
+    assert spelled(codec, codec.tokenizer.encode("ab", add_special_tokens=False).ids) == ["ab"]
+    tokens, prompt, _ = encode_row(codec, PLAIN, Row(1, "a", "b", {}))
+    assert spelled(codec, tokens) == ["<s>", "a", "b", "</s>"]
+    assert prompt == 2
+
+
+def test_the_pieces_of_a_template_are_tokenised_apart(load: Callable[..., Codec]) -> None:
+    codec = load()
+    tokens = spelled(codec, encode_row(codec, Format("alpaca"), Row(1, "Why?", "\nSo.", {})).tokens)
+    assert tokens.count("ĊĊ#") == 1  # before Response, inside a piece; not before Instruction, between two
+    assert tokens[tokens.index("ĊĊ") + 1] == "#"
+    assert tokens[-6:] == [":Ċ", "Ċ", "S", "o", ".", "</s>"]  # the answer's newline does not join the prompt's
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("template", PROMPTS)
+def test_generation_starts_from_the_tokens_of_training(load: Callable[..., Codec], template: str, bos: bool) -> None:
+    codec, format = load(), Format(template, bos)
+    for question in ("Why?", "\n\n### a", "ab:\n", "{question}"):
+        tokens, prompt, _ = encode_row(codec, format, Row(1, question, "b", {}))
+        assert tokens[:prompt] == prompt_ids(codec, format, question)
+
+
+def test_braces_in_a_question_are_text(load: Callable[..., Codec]) -> None:
+    codec = load()
+    assert text(codec, prompt_ids(codec, Format("question"), "{question}{0}")) == (
+        "<s>Question: {question}{0}\nAnswer:"
+    )
+
+
+def test_answer_and_eos_carry_loss_and_nothing_else_does(load: Callable[..., Codec]) -> None:
+    codec = load()
+    rows = [Row(1, "Hi", "Yo", {}), Row(2, "Hello", "a", {})]
+    batch = collate([encode_row(codec, PLAIN, row) for row in rows])
+    learned = [[token for token in row if token != IGNORED] for row in batch.labels.tolist()]
+    assert [spelled(codec, row) for row in learned] == [["Y", "o", "</s>"], ["a", "</s>"]]
+    labelled = batch.labels != IGNORED
+    assert torch.equal(batch.labels[labelled], batch.tokens[labelled])
+
+
+def test_an_unknown_template_is_refused(load: Callable[..., Codec]) -> None:
+    with pytest.raises(ValueError, match="no template 'llama'; there are alpaca, question, plain"):
+        prompt_ids(load(), Format("llama"), "Why?")
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def written(folder: Path, *lines: str) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_gsm8k_is_read_as_published(tmp_path: Path) -> None:
+    (row,) = read_rows(written(tmp_path, GSM8K))
+    assert row.number == 1
+    assert row.question.startswith("Natalia sold clips to 48 of her friends in April, and then")
+    assert row.answer.splitlines()[0] == "Natalia sold 48/2 = <<48/2=24>>24 clips in May."
+    assert row.answer.endswith("\n#### 72")
+
+
+def test_columns_can_be_chosen_and_all_fields_are_kept(tmp_path: Path) -> None:
+    fields = {"prompt": "é\u2028?", "response": "So.", "level": 3}
+    (row,) = read_rows(written(tmp_path, json.dumps(fields, ensure_ascii=False)), question="prompt", answer="response")
+    assert row == Row(1, "é\u2028?", "So.", fields)
+
+
+def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
+    rows = read_rows(written(tmp_path, "", GSM8K, "  ", GSM8K))
+    assert [row.number for row in rows] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "Why?", "answer": "So.', "not valid JSON"),
+        ('["Why?", "So."]', "a row must be a JSON object, not list"),
+        ('{"question": "Why?", "response": "So."}', "no column 'answer'; the row has question, response"),
+        ("{}", "no column 'question'; the row has none"),
+        ('{"question": "Why?", "answer": 72}', "column 'answer' must be a string, not 72"),
+        ('{"question": null, "answer": "So."}', "column 'question' must be a string, not None"),
+    ],
+)
+def test_an_unusable_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = written(tmp_path, GSM8K, "", line, GSM8K)
+    with pytest.raises(ValueError) as error:
+        read_rows(path)
+    assert str(error.value).startswith(f"{path}, line 3: {message}")
+
+
+@pytest.mark.parametrize("lines", [(), ("", " ")])
+def test_a_file_without_rows_is_refused(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    path = written(tmp_path, *lines)
+    with pytest.raises(ValueError) as error:
+        read_rows(path)
+    assert str(error.value) == f"{path} holds no rows."
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl does not exist"):
+        read_rows(tmp_path / "nowhere.jsonl")
+
+
+def test_other_encodings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"question": "é", "answer": "a"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.jsonl is not UTF-8"):
+        read_rows(path)
+
+
+# --- rows that cannot be trained on ---------------------------------------------------------------
+
+GOOD = Row(1, "Hi", "Yo", {})
+FAULTS = [
+    (Row(2, "  ", "Yo", {}), "the question or the answer is empty"),
+    (Row(2, "Hi", "\n", {}), "the question or the answer is empty"),
+    (Row(2, "Hi", "Hello", {}), "9 tokens are more than the maximum of 8"),
+    (Row(2, "H<s>", "Yo", {}), "the text itself contains the special token <s>"),
+    (Row(2, "Hi", "<s>", {}), "the text itself contains the special token <s>"),
+    (Row(2, "Hi", "Yo</s>", {}), "the text itself contains the special token </s>"),
+]
+
+
+@pytest.mark.parametrize(("row", "fault"), FAULTS)
+def test_a_faulty_row_is_named(load: Callable[..., Codec], row: Row, fault: str) -> None:
+    with pytest.raises(ValueError) as error:
+        encode_rows("rows.jsonl", [GOOD, row], load(), PLAIN, max_length=8)
+    assert str(error.value).startswith(f"rows.jsonl, line 2: {fault}.")
+
+
+@pytest.mark.parametrize(("row", "fault"), FAULTS)
+def test_drop_leaves_a_faulty_row_out_and_says_so(load: Callable[..., Codec], row: Row, fault: str) -> None:
+    later = Row(3, "Ho", "Yo", {})
+    examples, dropped = encode_rows("rows.jsonl", [GOOD, row, later], load(), PLAIN, max_length=8, drop=True)
+    assert [example.row for example in examples] == [1, 3]
+    assert dropped == [f"line 2: {fault}"]
+
+
+def test_the_longest_row_that_fits_is_kept_whole(load: Callable[..., Codec]) -> None:
+    codec = load()
+    (example,), dropped = encode_rows("rows.jsonl", [Row(1, "Hi", "Hell", {})], codec, PLAIN, max_length=8)
+    assert spelled(codec, example.tokens) == ["<s>", "H", "i", "H", "e", "l", "l", "</s>"]
+    assert dropped == []
+
+
+def test_if_every_row_is_left_out_there_is_nothing_to_train_on(load: Callable[..., Codec]) -> None:
+    with pytest.raises(ValueError, match="no usable rows; line 1"):
+        encode_rows("rows.jsonl", [GOOD], load(), PLAIN, max_length=3, drop=True)
+
+
+def test_special_tokens_in_the_text_are_named_without_bos_too(load: Callable[..., Codec]) -> None:
+    with pytest.raises(ValueError, match="special token <s>"):
+        encode_rows("rows.jsonl", [Row(2, "H<s>", "Yo", {})], load(), Format("plain", bos=False))
+
+
+def test_no_rows_at_all(load: Callable[..., Codec]) -> None:
+    with pytest.raises(ValueError, match=r"rows\.jsonl: no usable rows\."):
+        encode_rows("rows.jsonl", [], load(), PLAIN)
+
+
+# --- the tokenizer of a folder --------------------------------------------------------------------
+
+
+def test_an_eos_the_tokenizer_does_not_know(load: Callable[..., Codec]) -> None:
+    with pytest.raises(ValueError, match="eos_token '</end>' is not in tokenizer.json"):
+        load(**{"tokenizer_config": {"eos_token": "</end>"}})
+
+
+def test_bos_is_what_the_post_processor_puts_first(load: Callable[..., Codec]) -> None:
+    codec = load(True)
+    assert spelled(codec, list(codec.bos)) == ["<s>"]
+    assert load(False).bos == ()
+
+
+@pytest.mark.parametrize(
+    ("files", "eos", "stops"),
+    [
+        ({"tokenizer_config": {"eos_token": "</s>"}}, EOS, {EOS}),
+        ({"tokenizer_config": {"eos_token": {"content": "</s>", "lstrip": False}}}, EOS, {EOS}),
+        ({"generation_config": {"eos_token_id": [END, EOS]}}, END, {END, EOS}),
+        ({"config": {"eos_token_id": END}}, END, {END}),
+        (
+            {"tokenizer_config": {"eos_token": "</s>"}, "generation_config": {"eos_token_id": [END, EOS]}},
+            EOS,
+            {END, EOS},
+        ),
+        (
+            {"tokenizer_config": {}, "generation_config": {"eos_token_id": EOS}, "config": {"eos_token_id": END}},
+            EOS,
+            {END, EOS},
+        ),
+    ],
+)
+def test_eos_is_found_wherever_a_folder_declares_it(
+    load: Callable[..., Codec], files: dict[str, Any], eos: int, stops: set[int]
+) -> None:
+    codec = load(**files)
+    assert codec.eos == eos
+    assert codec.stops == stops
+
+
+@pytest.mark.parametrize("declared", [{}, {"eos_token_id": VOCABULARY}, {"eos_token_id": -1}])
+def test_a_folder_without_a_usable_eos_is_refused(load: Callable[..., Codec], declared: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="no usable EOS token"):
+        load(config=declared)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(load: Callable[..., Codec]) -> None:
+    message = f"token ids up to {VOCABULARY - 1}, but the model's vocabulary holds {VOCABULARY - 1}"
+    with pytest.raises(ValueError, match=message):
+        load(size=VOCABULARY - 1)
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(load: Callable[..., Codec]) -> None:
+    made = tokenizer(bos=True)
+    made.enable_truncation(4)
+    made.enable_padding(length=64)
+    codec = load(made=made)
+    assert spelled(codec, prompt_ids(codec, PLAIN, "Hello!")) == ["<s>", *"Hello!"]
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
+        load_codec(tmp_path, VOCABULARY)
+
+
+def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+        load_codec(tmp_path, VOCABULARY)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
+    orders = {(seed, epoch): shuffled(50, seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
+    torch.manual_seed(5)  # no state of any generator matters
+    for (seed, epoch), order in orders.items():
+        assert sorted(order) == list(range(50))
+        assert order == shuffled(50, seed, epoch)
+    assert len({tuple(order) for order in orders.values()}) == 4
+
+
+def test_micro_batches_hold_rows_of_similar_length_and_lose_none() -> None:
+    examples = [Example([0] * length, 1, row) for row, length in enumerate([9, 2, 5, 2, 8, 3, 7], 1)]
+    parts = split_by_length(examples, 3)
+    assert [[example.row for example in part] for part in parts] == [[2, 4, 6], [3, 7, 5], [1]]
+
+
+def test_collate_pads_on_the_right() -> None:
+    batch = collate([Example([5, 6, 7], 1, 1), Example([8, 9], 1, 2), Example([4, 3, 2, 1], 3, 3)])
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    assert [row[:length] for row, length in zip(batch.tokens.tolist(), (3, 2, 4))] == [[5, 6, 7], [8, 9], [4, 3, 2, 1]]
+    assert batch.tokens.shape == (3, 4)
+    assert batch.labels.tolist() == [
+        [IGNORED, 6, 7, IGNORED],
+        [IGNORED, 9, IGNORED, IGNORED],
+        [IGNORED, IGNORED, IGNORED, 1],
+    ]
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 2])
+def test_supervised_counts_the_labels_that_are_predicted(prompt: int) -> None:
+    example = Example([5, 6, 7], prompt, 1)
+    predicted = collate([example]).labels[:, 1:] != IGNORED
+    assert example.supervised == int(predicted.sum())

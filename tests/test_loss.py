@@ -1,0 +1,136 @@
+"""The two losses, against loops written out by hand and against the loss of transformers.
+
+Shown here: which positions count, what is averaged over what, and that nothing else has any influence.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lfu.loss import IGNORED, consistency_loss, predicts, sft_loss
+
+LABELS = torch.tensor(
+    [
+        [IGNORED, IGNORED, IGNORED, 4, 1, 6, IGNORED],  # prompt, answer, padding
+        [IGNORED, 3, IGNORED, IGNORED, 5, 0, 2],  # two answers; the last token is labelled
+        [IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED],  # nothing to learn
+    ]
+)
+COUNTED = [(0, 2), (0, 3), (0, 4), (1, 0), (1, 3), (1, 4), (1, 5)]
+"""(row, position) that predict a label: one place before it."""
+
+# Measured: at most 5e-16 relative.
+CLOSE = {"rtol": 1e-14, "atol": 0.0}
+
+
+def logits(seed: int = 0) -> Tensor:
+    return torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def states(seed: int, layers: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, 7, 5, generator=generator, dtype=torch.float64) for _ in range(layers)]
+
+
+# --- which positions ------------------------------------------------------------------------------
+
+
+def test_predicts_marks_the_position_before_each_label() -> None:
+    mask = predicts(LABELS)
+    assert mask.dtype == torch.bool
+    assert mask.shape == LABELS.shape
+    assert [tuple(place) for place in mask.nonzero().tolist()] == COUNTED
+
+
+def test_the_last_position_predicts_nothing_even_when_every_token_is_labelled() -> None:
+    assert predicts(torch.zeros(2, 4, dtype=torch.int64)).tolist() == [[True, True, True, False]] * 2
+
+
+# --- SFT ------------------------------------------------------------------------------------------
+
+
+def test_sft_loss_is_the_mean_over_all_labelled_tokens_of_the_batch() -> None:
+    z, total = logits(), 0.0
+    for row, t in COUNTED:
+        partition = sum(math.exp(value) for value in z[row, t].tolist())
+        total += math.log(partition) - z[row, t, LABELS[row, t + 1]].item()
+    torch.testing.assert_close(sft_loss(z, LABELS).item(), total / len(COUNTED), **CLOSE)
+
+
+def test_sft_loss_is_the_loss_of_transformers() -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    z = logits().float()  # transformers computes its loss in float32
+    theirs = ForCausalLMLoss(z, LABELS, vocab_size=z.shape[-1])
+    # Measured: equal to the last bit.
+    torch.testing.assert_close(sft_loss(z, LABELS), theirs, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("label", [IGNORED, 7])
+def test_the_label_of_the_first_token_changes_nothing(label: int) -> None:
+    changed = LABELS.clone()
+    changed[:, 0] = label
+    assert torch.equal(sft_loss(logits(), changed), sft_loss(logits(), LABELS))
+
+
+def test_sft_loss_reads_only_the_positions_that_predict() -> None:
+    z = logits().requires_grad_()
+    (gradient,) = torch.autograd.grad(sft_loss(z, LABELS), z)
+    assert torch.equal(gradient.abs().sum(dim=-1) > 0, predicts(LABELS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sft_loss_keeps_the_dtype_of_the_logits(dtype: torch.dtype) -> None:
+    assert sft_loss(logits().to(dtype), LABELS).dtype == dtype
+
+
+def test_a_batch_without_labels_has_no_loss() -> None:
+    only_first = torch.full((2, 4), IGNORED)
+    only_first[:, 0] = 1  # never predicted
+    with pytest.raises(ValueError, match="no token that carries a label"):
+        sft_loss(torch.zeros(2, 4, 8), only_first)
+
+
+# --- consistency ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["mean", "sum"])
+@pytest.mark.parametrize("layers", [None, {1}, {2, 3}, [3, 1, 3]])
+def test_consistency_loss_is_the_mean_over_positions_and_chosen_blocks(layers: list[int] | None, norm: str) -> None:
+    h, perturbed, chosen = states(1), states(2), set(layers or (1, 2, 3))
+    total = 0.0
+    for number in chosen:
+        for row, t in COUNTED:
+            pairs = zip(h[number - 1][row, t].tolist(), perturbed[number - 1][row, t].tolist())
+            distance = sum((a - b) ** 2 for a, b in pairs)
+            total += distance / 5 if norm == "mean" else distance
+    value = consistency_loss(h, perturbed, predicts(LABELS), layers=layers, norm=norm)
+    torch.testing.assert_close(value.item(), total / len(COUNTED) / len(chosen), **CLOSE)
+
+
+def test_consistency_loss_differentiates_the_perturbed_states_alone_and_only_where_they_predict() -> None:
+    h, perturbed = ([state.requires_grad_() for state in states(seed)] for seed in (1, 2))
+    loss = consistency_loss(h, perturbed, predicts(LABELS), layers={1, 3})
+    through_h = torch.autograd.grad(loss, h, allow_unused=True, retain_graph=True)
+    through_perturbed = torch.autograd.grad(loss, perturbed, allow_unused=True)
+    assert through_h == (None, None, None)
+    assert through_perturbed[1] is None
+    for number in (1, 3):
+        assert torch.equal(through_perturbed[number - 1].abs().sum(dim=-1) > 0, predicts(LABELS))
+
+
+def test_equal_states_are_consistent() -> None:
+    assert consistency_loss(states(1), states(1), predicts(LABELS)).item() == 0.0
+
+
+@pytest.mark.parametrize("layers", [{0}, {4}, {1, 9}, {-1}, set()])
+def test_unknown_blocks_are_refused(layers: set[int]) -> None:
+    with pytest.raises(ValueError, match="block numbers from 1 to 3"):
+        consistency_loss(states(1), states(2), predicts(LABELS), layers=layers)
+
+
+def test_unknown_norm_is_refused() -> None:
+    with pytest.raises(ValueError, match="'max'"):
+        consistency_loss(states(1), states(2), predicts(LABELS), norm="max")
