@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from lfu import InputError, lora, steering
+from lfu import InputError, lora, model, steering
 from lfu.data import Batch
 from lfu.lora import Lora
 from lfu.loss import chosen_layers, require_norm
-from lfu.model import Config, Params, stream_dtype
+from lfu.model import Config, Params
 from lfu.train import Method, Metrics, lfu_gradient, require_not_negative, sft_gradient
 
 
@@ -43,7 +43,7 @@ def lfu_lora(
     """Algorithm 1: the undesirable step moves a fresh LoRA of the same rank, scale and targets as the task's."""
     rank, targets = next(iter(task[0].values())).A.shape[0], tuple(task[0])
     fresh = lora.init(config, rank, generator=generator, targets=targets)
-    aux = tree_map(lambda tensor: tensor.to(stream_dtype(base)), fresh)
+    aux = tree_map(lambda tensor: tensor.to(model.stream_dtype(base)), fresh)
     return lfu_gradient(config, base, task, aux, batch, scale=scale, alpha=alpha, lam=lam, layers=layers, norm=norm)
 
 
@@ -61,7 +61,7 @@ def lfu_reps(
     norm: str = "mean",
 ) -> tuple[Lora, Metrics]:
     """Algorithm 2: the undesirable step moves one steering vector per block, at the answer's positions."""
-    aux = steering.zeros(config, device=batch.tokens.device).to(stream_dtype(base))
+    aux = steering.zeros(config, device=batch.tokens.device).to(model.stream_dtype(base))
     return lfu_gradient(config, base, task, aux, batch, scale=scale, alpha=alpha, lam=lam, layers=layers, norm=norm)
 
 

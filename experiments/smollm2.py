@@ -1,0 +1,269 @@
+"""GSM8K with SmolLM2-135M-Instruct on a CPU: every run, every score, and the tables of `docs/results.md`.
+
+    python experiments/smollm2.py run --model SMOLLM2 --gsm8k FOLDER --wikitext FILE --out runs/smollm2
+    python experiments/smollm2.py table --out runs/smollm2
+
+Two regimes: `full`, 480 rows for three epochs at the published settings, and `small`, 32 rows for twenty epochs at
+ten times the learning rate, where SFT overfits. `run` continues where it stopped: training resumes from its last
+checkpoint, and each score is written as soon as it is known. `--only small-sft-42` does one run; two of them can
+share a machine.
+
+Scores: answer NLL and exact match on GSM8K's test set; NLL of WikiText-2's validation text; and drift, the mean
+KL(base ‖ tuned) per token on the base model's own greedy answers to 200 prompts that are not mathematics.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lfu import checkpoint, cli, model
+from lfu.data import Codec, Example, Format, collate, encode_row, load_codec, prompt_ids, read_rows, token_ids
+from lfu.evaluate import Estimate, accuracy, answer_nll, gsm8k_scores
+from lfu.generate import generate
+from lfu.lora import Adapter
+from lfu.lora import load as load_adapter
+from lfu.loss import predicts
+from lfu.model import Config, Params
+
+SETTINGS = {
+    "sft": {"method": "sft"},
+    "lora": {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0},
+    "lora500": {"method": "lfu-lora", "alpha": 0.001, "lam": 500.0},
+    "reps": {"method": "lfu-reps", "alpha": 0.1, "lam": 0.1},
+}
+REGIMES = {
+    "small": {"limit": 32, "epochs": 20, "learning_rate": 1e-3, "save_every": 4, "keep": 100},
+    "full": {"limit": 480, "epochs": 3, "learning_rate": 1e-4, "save_every": 30, "keep": 100},
+}
+SECOND_SEED = ("sft", "lora", "lora500")
+RUNS = [
+    f"{regime}-{name}-{seed}"
+    for seed, regime in product((42, 43), REGIMES)
+    for name in SETTINGS
+    if seed == 42 or name in SECOND_SEED
+]
+
+TEST_ROWS, CURVE_ROWS = 500, 100  # of GSM8K's test set: at the end of a run, and along the way
+WINDOW, WINDOWS = 512, 64  # WikiText-2 is scored in this many windows of this many tokens
+FORMS = (
+    "Describe {} in two sentences.",
+    "What should a visitor know about {}?",
+    "Write the opening line of a story about {}.",
+    "Explain {} to a child.",
+    "Name a common mistake people make about {}.",
+    "Why do people care about {}?",
+    "Write a short poem about {}.",
+    "How has {} changed over time?",
+    "Give advice to someone who is new to {}.",
+    "Compare {} with something similar.",
+)
+TOPICS = (
+    "the sea", "bread baking", "old libraries", "public parks", "friendship", "thunderstorms", "jazz music",
+    "gardening", "the moon", "learning a language", "chess", "bicycles", "winter", "photography", "tea", "lighthouses",
+    "theatre",
+    "migrating birds", "handwriting", "night trains",
+)  # fmt: skip
+
+
+class Bench(NamedTuple):
+    """The model and what it is scored on, loaded once."""
+
+    config: Config
+    base: Params
+    codec: Codec
+    test: list  # Row
+    wikitext: list[Example]
+    drift: list[Example]
+
+
+@dataclass(frozen=True)
+class Paths:
+    model: Path
+    gsm8k: Path
+    wikitext: Path
+    out: Path
+
+
+# --- running ---------------------------------------------------------------------------------------
+
+
+def run_all(paths: Paths, only: list[str] | None) -> None:
+    """Train and score everything that is not there yet; the base model first."""
+    bench = load_bench(paths)
+    if not only or "base" in only:
+        score_once(paths.out / "base" / "scores.json", partial(scores, bench, []))
+    for name in only or RUNS:
+        if name != "base":
+            run_one(paths, bench, name)
+
+
+def run_one(paths: Paths, bench: Bench, name: str) -> None:
+    """One fine-tuning, its answer NLL along the way, and all scores at its end."""
+    folder = paths.out / name
+    if not (folder / "adapter").is_dir():
+        cli.train(options_of(paths, name))
+    for step in checkpoint.checkpoints(folder):
+        adapter = load_adapter(step, bench.config)
+        score_once(folder / f"nll-{step.name}.json", partial(nll_scores, bench, [adapter], CURVE_ROWS))
+    score_once(folder / "scores.json", partial(scores, bench, [load_adapter(folder / "adapter", bench.config)]))
+
+
+def options_of(paths: Paths, name: str) -> cli.TrainOptions:
+    """The options of a run named regime-setting-seed."""
+    regime, setting, seed = name.split("-")
+    return cli.TrainOptions(
+        model=str(paths.model),
+        data=str(paths.gsm8k / "train.jsonl"),
+        out=str(paths.out / name),
+        dtype="bfloat16",
+        seed=int(seed),
+        resume=(paths.out / name / "settings.json").is_file(),
+        **SETTINGS[setting],
+        **REGIMES[regime],
+    )
+
+
+def score_once(path: Path, measure: partial) -> None:
+    """Measure and write, unless it was measured before."""
+    if not path.is_file():
+        results = {name: value._asdict() for name, value in measure().items()}
+        checkpoint.write_json(path, results)
+        print(path, json.dumps(results), flush=True)
+
+
+# --- scores ----------------------------------------------------------------------------------------
+
+
+def load_bench(paths: Paths) -> Bench:
+    config, base = model.load(paths.model, dtype=torch.bfloat16)
+    codec = load_codec(paths.model, config.vocab_size)
+    test = read_rows(paths.gsm8k / "test.jsonl")[:TEST_ROWS]
+    return Bench(
+        config, base, codec, test, windows(codec, paths.wikitext), base_answers(config, base, codec, paths.out)
+    )
+
+
+def windows(codec: Codec, path: Path) -> list[Example]:
+    """The first windows of a text; every token but each window's first is predicted."""
+    tokens = token_ids(codec, path.read_text(encoding="utf-8")[: 8 * WINDOW * WINDOWS])
+    return [Example(tokens[i * WINDOW : (i + 1) * WINDOW], 1, i) for i in range(WINDOWS)]
+
+
+def base_answers(config: Config, base: Params, codec: Codec, out: Path) -> list[Example]:
+    """The base model's greedy answers, at most 64 tokens, to prompts that are not mathematics; kept in a file."""
+    path = out / "base" / "answers.json"
+    prompts = [prompt_ids(codec, Format(), form.format(topic)) for form, topic in product(FORMS, TOPICS)]
+    if not path.is_file():
+        completions = dict(generate(config, base, codec, prompts, max_new_tokens=64, batch_size=50))
+        checkpoint.write_json(path, {"answers": [completions[index].tokens for index in range(len(prompts))]})
+    answers = json.loads(path.read_text())["answers"]
+    rows = zip(prompts, answers, strict=True)
+    return [Example([*prompt, *answer], len(prompt), i) for i, (prompt, answer) in enumerate(rows) if answer]
+
+
+def scores(bench: Bench, adapters: list[Adapter]) -> dict[str, Estimate]:
+    """Everything."""
+    return {
+        **nll_scores(bench, adapters, TEST_ROWS),
+        "wikitext": answer_nll(bench.config, bench.base, bench.wikitext, adapters, batch_size=8),
+        "drift": drift(bench, adapters),
+        **match_scores(bench, adapters),
+    }
+
+
+def nll_scores(bench: Bench, adapters: list[Adapter], rows: int) -> dict[str, Estimate]:
+    examples = [encode_row(bench.codec, Format(), row) for row in bench.test[:rows]]
+    return {"nll": answer_nll(bench.config, bench.base, examples, adapters, batch_size=10)}
+
+
+def match_scores(bench: Bench, adapters: list[Adapter]) -> dict[str, Estimate]:
+    """Exact match in the training template, greedy, at most 256 new tokens."""
+    prompts = [prompt_ids(bench.codec, Format(), row.question) for row in bench.test]
+    answers = generate(
+        bench.config, bench.base, bench.codec, prompts, adapters, stop=("### Instruction:",), batch_size=50
+    )
+    hits = [gsm8k_scores(completion.text, bench.test[index].answer) for index, completion in answers]
+    return {name: accuracy([hit[name] for hit in hits]) for name in ("strict", "flexible")}
+
+
+def drift(bench: Bench, adapters: list[Adapter]) -> Estimate:
+    """Mean KL(base ‖ tuned) per answer token, in nats; the standard error is over prompts."""
+    ordered = sorted(bench.drift, key=lambda example: len(example.tokens))
+    batches = [ordered[start : start + 10] for start in range(0, len(ordered), 10)]
+    sums = np.array([total for batch in batches for total in row_divergences(bench, batch, adapters)])
+    counts = np.array([example.supervised for example in ordered])
+    mean = sums.sum() / counts.sum()
+    error = np.sqrt(((sums - mean * counts) ** 2).sum() * len(counts) / (len(counts) - 1)) / counts.sum()
+    return Estimate(float(mean), float(error), int(counts.sum()))
+
+
+def row_divergences(bench: Bench, examples: list[Example], adapters: list[Adapter]) -> list[float]:
+    batch = collate(examples)
+    mask = predicts(batch.labels)
+
+    def log_probabilities(adapters: list[Adapter]) -> torch.Tensor:  # -> [n, V]
+        hidden = model.trunk(bench.config, bench.base, model.embed(bench.base, batch.tokens), adapters)[-1]
+        return F.log_softmax(model.unembed(bench.config, bench.base, hidden[mask]), dim=-1)
+
+    base, tuned = log_probabilities([]), log_probabilities(adapters)
+    divergences = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
+    return torch.zeros(len(examples)).index_add(0, mask.nonzero()[:, 0], divergences).tolist()
+
+
+# --- tables ----------------------------------------------------------------------------------------
+
+
+def table(out: Path) -> str:
+    """One row per scored run, grouped by regime."""
+    lines = ["| run | test NLL | strict % | flexible % | WikiText-2 NLL | drift |", "|---|---|---|---|---|---|"]
+    for name in ["base", *RUNS]:
+        path = out / name / "scores.json"
+        if path.is_file():
+            lines.append(f"| {name} | " + " | ".join(cells(json.loads(path.read_text()))) + " |")
+    return "\n".join(lines) + "\n\n" + curves(out)
+
+
+def cells(results: dict[str, dict[str, float]]) -> list[str]:
+    """Mean ± standard error, accuracies in percent."""
+    formats = {"nll": (1, 3), "strict": (100, 1), "flexible": (100, 1), "wikitext": (1, 3), "drift": (1, 4)}
+    return [
+        " ± ".join(f"{factor * results[name][part]:.{digits}f}" for part in ("mean", "error"))
+        for name, (factor, digits) in formats.items()
+    ]
+
+
+def curves(out: Path) -> str:
+    """Test NLL along the way of each run, on the first CURVE_ROWS rows."""
+    lines = []
+    for name in RUNS:
+        steps = sorted((out / name).glob("nll-step-*.json"), key=lambda path: int(path.stem.split("-")[-1]))
+        values = [f"{path.stem.split('-')[-1]}: {json.loads(path.read_text())['nll']['mean']:.3f}" for path in steps]
+        if values:
+            lines.append(f"- {name}, test NLL after step {', '.join(values)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "table"])
+    for name in ("model", "gsm8k", "wikitext"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=["base", *RUNS])
+    parsed = parser.parse_args()
+    if parsed.what == "table":
+        print(table(parsed.out))
+    else:
+        run_all(Paths(parsed.model, parsed.gsm8k, parsed.wikitext, parsed.out), parsed.only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Scores are those of lm-evaluation-harness, likelihoods those of transformers, and errors those of textbooks."""
+
+import math
+import random
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import CONFIGS, random_lora, random_params, random_tokens
+
+from lfu.data import Codec, Example, Row, load_codec
+from lfu.evaluate import (
+    HARNESS_STOPS,
+    INVALID,
+    Estimate,
+    accuracy,
+    answer_nll,
+    draw_shots,
+    exact_scores,
+    flexible_answer,
+    gsm8k_scores,
+    harness_prompt,
+    normalised,
+    strict_answer,
+)
+from lfu.loss import sft_loss
+from lfu.model import Config, Params, forward, load
+
+MINI = Path(__file__).parents[1] / "weights" / "mini"
+WORKED = "She sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether 48+24 = <<48+24=72>>72.\n#### "
+"""A GSM8K answer up to its number."""
+
+# --- exact match ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "strict", "flexible"),
+    [
+        (f"{WORKED}72", "72", "72", "72"),
+        ("#### 1,200", "1200", "1,200", "1,200"),
+        ("#### 1200", "1,200", "1200", "1200"),
+        ("so 72.", "72", INVALID, "72."),
+        ("#### 72.", "72", "72.", "72."),
+        ("#### $18", "18", INVALID, "$18"),
+        ("It costs $1,234.50 today", "1234.50", INVALID, "$1,234.50"),
+        ("10-5", "-5", INVALID, "-5"),
+        ("#### -5", "-5", "-5", "-5"),
+        ("He owes -$5", "-5", INVALID, "-$5"),
+        ("He owes $-5", "-5", INVALID, "-5"),
+        ("####72", "72", INVALID, "72"),
+        ("7 of 8", "8", INVALID, "8"),
+        ("#### 72\nQuestion", "72", "72", "72"),
+    ],
+)
+def test_what_is_right(prediction: str, gold: str, strict: str, flexible: str) -> None:
+    assert (strict_answer(prediction), flexible_answer(prediction)) == (strict, flexible)
+    assert gsm8k_scores(prediction, WORKED + gold) == {"strict": strict != INVALID, "flexible": True}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "strict", "flexible"),
+    [
+        ("#### 72.00", "72", "72.00", "72.00"),  # strings are compared, not numbers
+        ("wait... ok 5...", "5", INVALID, "5..."),
+        ("72, I think...", "72", INVALID, "..."),
+        ("10-5", "5", INVALID, "-5"),
+        ("#### 5", "-5", "5", "5"),
+        ("#### 072", "72", "072", "072"),
+        ("seventy-two", "72", INVALID, INVALID),
+        ("", "72", INVALID, INVALID),
+        ("#### ", "72", INVALID, INVALID),
+    ],
+)
+def test_what_is_wrong(prediction: str, gold: str, strict: str, flexible: str) -> None:
+    assert (strict_answer(prediction), flexible_answer(prediction)) == (strict, flexible)
+    assert gsm8k_scores(prediction, WORKED + gold) == {"strict": False, "flexible": False}
+
+
+def test_strict_takes_the_first_number_and_flexible_the_last() -> None:
+    prediction = "#### 72 or rather #### 80"
+    assert gsm8k_scores(prediction, f"{WORKED}72") == {"strict": True, "flexible": False}
+    assert gsm8k_scores(prediction, f"{WORKED}80") == {"strict": False, "flexible": True}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (f"{WORKED}1,200", "1200"),
+        ("#### 1 #### 2", "2"),
+        ("$5.", "5"),
+        ("5..", "5."),
+        ("5. ", "5. "),
+        ("Five.", "five"),
+    ],
+)
+def test_what_is_ignored_in_the_comparison(answer: str, expected: str) -> None:
+    assert normalised(answer) == expected
+
+
+def harness(prediction: str, reference: str, pattern: str, select: int) -> bool:
+    """The filter chain and the metric of the harness' gsm8k, step by step."""
+    found = re.findall(pattern, prediction)
+    answer = INVALID
+    if found:
+        match = found[select]
+        answer = (next(part for part in match if part) if isinstance(match, tuple) else match).strip()
+    for ignored in (",", r"\$", "(?s).*#### ", r"\.$"):
+        answer, reference = re.sub(ignored, "", answer), re.sub(ignored, "", reference)
+    return np.char.lower(np.array([answer]))[0] == np.char.lower(np.array([reference]))[0]
+
+
+def test_scores_are_those_of_the_filter_chain_on_any_text() -> None:
+    draw = random.Random(0)
+    pieces = ["####", "#### ", "7", "72", "-", "$", ",", ".", "..", " ", "\n", "1,200", "so", "Ä", "0", "=", "<<", ">>"]
+    seen = set()
+    for _ in range(5000):
+        prediction = "".join(draw.choices(pieces, k=draw.randrange(8)))
+        reference = draw.choice([WORKED, "#### ", ""]) + draw.choice(["7", "72", "-7", "$72", "1,200", "0", "7."])
+        expected = {
+            "strict": harness(prediction, reference, r"#### (\-?[0-9\.\,]+)", 0),
+            "flexible": harness(prediction, reference, r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
+        }
+        assert gsm8k_scores(prediction, reference) == expected, (prediction, reference)
+        seen.add((expected["strict"], expected["flexible"]))
+    assert len(seen) == 4  # each verdict of one filter came with each of the other
+
+
+def test_exact_match_forgives_white_space_at_the_ends_only() -> None:
+    assert exact_scores(" Vesh\n", "Vesh") == {"exact": True}
+    assert exact_scores("vesh", "Vesh") == {"exact": False}
+    assert exact_scores("Ve sh", "Vesh") == {"exact": False}
+
+
+def test_accuracy_and_its_error() -> None:
+    hits = [True, False, False, True, True, False, False]
+    mean, error, n = accuracy(hits)
+    assert (mean, n) == (3 / 7, 7)
+    # Measured: 0 to 1e-16, one rounding.
+    assert error == pytest.approx(statistics.stdev(hits) / math.sqrt(7), rel=1e-15)
+
+
+def test_accuracy_that_has_no_spread() -> None:
+    assert accuracy([True] * 5) == Estimate(1.0, 0.0, 5)
+    mean, error, n = accuracy([True])
+    assert (mean, n) == (1.0, 1)
+    assert math.isnan(error)
+
+
+# --- likelihood -----------------------------------------------------------------------------------
+
+
+def examples_for(config: Config, answers: list[int]) -> list[Example]:
+    """Rows with answers of these lengths behind prompts of 1 to 20 tokens."""
+    draw = random.Random(1)
+    rows = []
+    for row, answer in enumerate(answers, 1):
+        prompt = draw.randrange(1, 21)
+        rows.append(Example(random_tokens(config, prompt + answer, seed=row).tolist(), prompt, row))
+    return rows
+
+
+ANSWERS = [3, 1, 9, 4, 17, 2, 2, 30, 5, 8]
+
+
+def test_the_likelihood_is_that_of_transformers(folder_of: Callable[[str], Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder_of("llama31"), dtype=torch.float32).eval()
+    config, params = load(folder_of("llama31"))
+    examples = examples_for(config, ANSWERS)
+    sums = []
+    for example in examples:
+        tokens = torch.tensor([example.tokens])
+        labels = tokens.clone()
+        labels[:, : example.prompt] = -100
+        sums.append(float(model(tokens, labels=labels).loss.detach()) * example.supervised)
+    mean, error, n = answer_nll(config, params, examples)
+    # Measured: 8e-8 and 1e-7 in float32.
+    assert mean == pytest.approx(sum(sums) / sum(ANSWERS), rel=1e-6)
+    assert n == sum(ANSWERS)
+    rows, common = len(sums), sum(sums) / sum(ANSWERS)
+    spread = sum((total - common * count) ** 2 for total, count in zip(sums, ANSWERS, strict=True))
+    assert error == pytest.approx(math.sqrt(rows / (rows - 1) * spread) / sum(ANSWERS), rel=1e-6)
+
+
+@pytest.fixture
+def model() -> tuple[Config, Params]:
+    config = CONFIGS["qwen3_untied"]
+    return config, random_params(config, seed=3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_the_likelihood_does_not_depend_on_the_batches(model: tuple[Config, Params], batch_size: int) -> None:
+    examples = examples_for(model[0], ANSWERS)
+    # Measured: 4e-16 in float64.
+    expected = pytest.approx(answer_nll(*model, examples), rel=1e-14)
+    assert answer_nll(*model, examples, batch_size=batch_size) == expected
+    assert answer_nll(*model, examples[::-1], batch_size=batch_size) == expected
+
+
+def test_adapters_take_part_in_the_likelihood(model: tuple[Config, Params]) -> None:
+    config, params = model
+    (example,) = examples_for(config, [7])
+    adapters = [(random_lora(config, 2, seed=1), 2.0)]
+    logits, _ = forward(config, params, torch.tensor([example.tokens]), adapters)
+    labels = torch.tensor([[-100] * example.prompt + example.tokens[example.prompt :]])
+    mean, error, n = answer_nll(config, params, [example], adapters)
+    # Measured: 2e-16 in float64.
+    assert mean == pytest.approx(float(sft_loss(logits, labels)), rel=1e-14)
+    assert mean != pytest.approx(answer_nll(config, params, [example]).mean, rel=1e-3)
+    assert (error, n) == (0.0, 7)
+
+
+def row_means(model: tuple[Config, Params], examples: list[Example]) -> np.ndarray:
+    return np.array([answer_nll(*model, [example]).mean for example in examples])
+
+
+def test_answers_of_one_length_have_the_error_of_a_plain_mean(model: tuple[Config, Params]) -> None:
+    examples = examples_for(model[0], [6] * 12)
+    means = row_means(model, examples)
+    # Measured: 6e-16 in float64.
+    assert answer_nll(*model, examples) == pytest.approx((means.mean(), means.std(ddof=1) / math.sqrt(12), 72))
+
+
+def test_the_error_of_the_likelihood_is_the_bootstraps(model: tuple[Config, Params]) -> None:
+    """Rows are what is drawn at random; tokens of one row are not independent."""
+    draw = random.Random(2)
+    counts = np.array([draw.randrange(1, 12) for _ in range(80)])
+    examples = examples_for(model[0], counts.tolist())
+    sums = row_means(model, examples) * counts
+    drawn = np.random.default_rng(0).integers(80, size=(20_000, 80))
+    resampled = sums[drawn].sum(1) / counts[drawn].sum(1)
+    # The bootstrap divides by n where the formula divides by n - 1, and has an error of its own of 0.5 %.
+    assert answer_nll(*model, examples).error == pytest.approx(resampled.std(), rel=0.03)
+
+
+# --- the harness' prompt --------------------------------------------------------------------------
+
+POOL = [Row(number, f"Compute {number}+1.", f"{number}+1={number + 1}\n#### {number + 1}", {}) for number in range(9)]
+ROW = Row(4, "What is 2+2?", "#### 4", {})
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return load_codec(MINI, 1024)
+
+
+@pytest.mark.parametrize(
+    ("shots", "text"),
+    [
+        ([], "Question: What is 2+2?\nAnswer:"),
+        (
+            POOL[1:3],
+            "Question: Compute 1+1.\nAnswer: 1+1=2\n#### 2\n\nQuestion: Compute 2+1.\nAnswer: 2+1=3\n#### 3\n\n"
+            "Question: What is 2+2?\nAnswer:",
+        ),
+    ],
+)
+def test_the_prompt_is_this_text_to_the_letter(codec: Codec, shots: list[Row], text: str) -> None:
+    prompt = harness_prompt(codec, ROW, shots)
+    assert codec.tokenizer.decode(prompt, skip_special_tokens=False) == f"<s>{text}"
+    assert prompt == codec.tokenizer.encode(text).ids  # in one piece, BOS once
+
+
+def test_the_harness_stops_at_these() -> None:
+    assert HARNESS_STOPS == ("Question:", "</s>", "<|im_end|>")
+
+
+def test_worked_examples_are_a_function_of_seed_and_row() -> None:
+    drawn = draw_shots(POOL, 3, 42, ROW)
+    assert draw_shots(POOL, 3, 42, ROW._replace(answer="#### 5")) == drawn
+    assert len({shot.question for shot in drawn}) == 3
+    by_row = {tuple(draw_shots(POOL, 3, 42, ROW._replace(number=number))[0].question) for number in range(40)}
+    by_seed = {tuple(draw_shots(POOL, 3, seed, ROW)[0].question) for seed in range(40)}
+    assert len(by_row) == len(by_seed) == len(POOL)
+
+
+def test_a_row_is_never_its_own_worked_example() -> None:
+    for number in range(40):
+        row = POOL[number % len(POOL)]._replace(number=number)  # the same question, on another line of another file
+        drawn = draw_shots(POOL, len(POOL) - 1, 42, row)
+        assert {shot.question for shot in drawn} == {shot.question for shot in POOL} - {row.question}

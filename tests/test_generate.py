@@ -1,0 +1,248 @@
+"""Greedy decoding in batches gives every prompt the tokens it would get alone, by any slower road.
+
+All in float64, where no two logits tie. Each of the 80 tokens of the toy tokenizer is spelled by a letter and a digit,
+A0 to H9, so any token can serve as the end of an answer, and a stop string can begin and end inside a token.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CONFIGS, random_lora, random_params, random_tokens
+from tokenizers import Tokenizer, decoders, models
+from torch import Tensor
+
+from lfu import generate as module
+from lfu.data import Codec
+from lfu.generate import Completion, generate
+from lfu.lora import Adapter
+from lfu.model import Config, Params, forward, load
+
+KINDS = ("llama31", "mistral_v01", "qwen3_untied")
+"""Scaled rotation, a sliding window, and norms on queries and keys: whatever depends on a token's position."""
+VOCABULARY = 80
+NEW = 24
+LENGTHS = (30, 1, 7, 64, 12, 7, 3, 21)
+"""Prompts shorter and longer than the window and the original context."""
+
+
+def spelled(tokens: Sequence[int]) -> str:
+    return "".join(f"{'ABCDEFGH'[token // 10]}{token % 10}" for token in tokens)
+
+
+def codec(stops: Collection[int] = ()) -> Codec:
+    tokenizer = Tokenizer(models.BPE(vocab={spelled([token]): token for token in range(VOCABULARY)}, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    return Codec(tokenizer, (), min(stops, default=0), frozenset(stops))
+
+
+@pytest.fixture(params=KINDS)
+def some_model(request: pytest.FixtureRequest) -> tuple[Config, Params]:
+    config = CONFIGS[request.param]
+    return config, random_params(config, seed=5)
+
+
+@pytest.fixture
+def model() -> tuple[Config, Params]:
+    config = CONFIGS["llama31"]
+    return config, random_params(config, seed=5)
+
+
+def prompts_for(config: Config) -> list[list[int]]:
+    return [random_tokens(config, length, seed=index).tolist() for index, length in enumerate(LENGTHS)]
+
+
+def uncached(
+    config: Config, params: Params, prompt: Sequence[int], adapters: Sequence[Adapter] = (), new: int = NEW
+) -> list[int]:
+    """Greedy decoding as it is defined: the whole sequence through the model for each next token."""
+    tokens = list(prompt)
+    for _ in range(new):
+        logits, _ = forward(config, params, torch.tensor([tokens]), adapters)
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def until(tokens: list[int], stops: Collection[int]) -> Completion:
+    """The completion that these tokens make when generation ends at the first of `stops`."""
+    end = next((place for place, token in enumerate(tokens) if token in stops), None)
+    kept = tokens[:end]
+    return Completion(spelled(kept), kept, end is not None)
+
+
+def completions(*arguments: Any, **options: Any) -> list[Completion]:
+    """The completions in the order of the prompts."""
+    pairs = list(generate(*arguments, **{"max_new_tokens": NEW} | options))
+    assert sorted(index for index, _ in pairs) == list(range(len(pairs)))
+    return [completion for _, completion in sorted(pairs)]
+
+
+# --- the tokens -----------------------------------------------------------------------------------
+
+
+def test_batched_is_one_by_one_is_uncached(some_model: tuple[Config, Params]) -> None:
+    config, params = some_model
+    prompts = prompts_for(config)
+    expected = [until(uncached(config, params, prompt), ()) for prompt in prompts]
+    assert completions(config, params, codec(), prompts) == expected
+    assert completions(config, params, codec(), prompts, batch_size=1) == expected
+    assert len({completion.text for completion in expected}) == len(prompts)  # no two prompts could be mixed up
+
+
+def test_rows_that_end_leave_the_batch_and_the_others_alone(
+    some_model: tuple[Config, Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, params = some_model
+    prompts = prompts_for(config)
+    free = [uncached(config, params, prompt) for prompt in prompts]
+    stops = {free[0][5], free[2][9], free[4][2], free[6][1]}
+    expected = [until(tokens, stops) for tokens in free]
+    lengths = {len(completion.tokens) for completion in expected}
+    assert len(lengths) > 3
+    assert {completion.finished for completion in expected} == {True, False}
+
+    sizes, decode = [], module.decode
+
+    def noting(config: Config, params: Params, tokens: Tensor, *rest: Any) -> Any:
+        sizes.append(len(tokens))
+        return decode(config, params, tokens, *rest)
+
+    monkeypatch.setattr(module, "decode", noting)
+    assert completions(config, params, codec(stops), prompts) == expected
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] <= len(prompts) // 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_generates_the_same(kind: str, folder_of: Callable[[str], Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder_of(kind), dtype=torch.float64, attn_implementation="eager"
+    ).eval()
+    config, params = load(folder_of(kind), dtype=torch.float64)
+    prompts = prompts_for(config)
+    stops = {uncached(config, params, prompts[0])[4], uncached(config, params, prompts[3])[8]}
+    for prompt, completion in zip(prompts, completions(config, params, codec(stops), prompts), strict=True):
+        tokens = torch.tensor([prompt])
+        (row,) = reference.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW,
+            eos_token_id=sorted(stops), pad_token_id=0,
+        )  # fmt: skip
+        assert until(row[len(prompt) :].tolist(), stops) == completion
+
+
+def test_adapters_take_part(model: tuple[Config, Params]) -> None:
+    config, params = model
+    prompts = prompts_for(config)
+    adapters = [(random_lora(config, 2, seed=1), 2.0), (random_lora(config, 3, seed=2, targets=("v_proj",)), 0.5)]
+    expected = [until(uncached(config, params, prompt, adapters), ()) for prompt in prompts]
+    assert completions(config, params, codec(), prompts, adapters) == expected
+    assert completions(config, params, codec(), prompts, adapters[:1]) != expected
+    assert completions(config, params, codec(), prompts) != expected
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_each_completion_comes_with_the_index_of_its_prompt(model: tuple[Config, Params], batch_size: int) -> None:
+    config, params = model
+    prompts = prompts_for(config)
+    pairs = list(generate(config, params, codec(), prompts, max_new_tokens=4, batch_size=batch_size))
+    lengths = [len(prompts[index]) for index, _ in pairs]
+    assert lengths == sorted(LENGTHS)  # prompts of similar length share a batch
+    assert sorted(pairs) == [
+        (index, until(uncached(config, params, prompt, new=4), ())) for index, prompt in enumerate(prompts)
+    ]
+
+
+def test_a_batch_is_handed_over_before_the_next_one_begins(
+    model: tuple[Config, Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, greedy = [], module.greedy
+
+    def noting(config: Config, params: Params, codec: Codec, prompts: list[list[int]], *rest: Any) -> list[list[int]]:
+        begun.append(len(prompts))
+        return greedy(config, params, codec, prompts, *rest)
+
+    monkeypatch.setattr(module, "greedy", noting)
+    config, params = model
+    answers = generate(config, params, codec(), prompts_for(config), max_new_tokens=2, batch_size=3)
+    assert len(list(islice(answers, 3))) == 3
+    assert begun == [3]
+    assert len(list(answers)) == 5
+    assert begun == [3, 3, 2]
+
+
+# --- where an answer ends -------------------------------------------------------------------------
+
+
+def free_run(model: tuple[Config, Params]) -> tuple[list[int], list[int]]:
+    """A prompt, and the NEW tokens behind it, of which the first eight are all different."""
+    config, params = model
+    for seed in range(100):
+        prompt = random_tokens(config, 10, seed=seed).tolist()
+        tokens = uncached(config, params, prompt)
+        if len(set(tokens[:8])) == 8:
+            return prompt, tokens
+    raise AssertionError("The model only repeats itself.")
+
+
+def test_any_eos_id_ends_an_answer_and_stays_out_of_it(model: tuple[Config, Params]) -> None:
+    prompt, tokens = free_run(model)
+    for stops, length in [((tokens[6],), 6), ((tokens[6], tokens[3]), 3), ((tokens[0], tokens[3]), 0)]:
+        (completion,) = completions(*model, codec(stops), [prompt])
+        assert completion == Completion(spelled(tokens[:length]), tokens[:length], True)
+
+
+@pytest.mark.parametrize("budget", [0, 1, 6, 7])
+def test_no_more_than_max_new_tokens(model: tuple[Config, Params], budget: int) -> None:
+    """The EOS takes up one of them: it stands at place 7 here, and only the last budget reaches it."""
+    prompt, tokens = free_run(model)
+    (completion,) = completions(*model, codec({tokens[6]}), [prompt], max_new_tokens=budget)
+    kept = tokens[: min(budget, 6)]
+    assert completion == Completion(spelled(kept), kept, budget == 7)
+
+
+@pytest.mark.parametrize(("start", "end"), [(4, 6), (4, 8), (5, 8), (5, 7), (5, 6), (0, 3)])
+def test_a_stop_string_is_cut_off_wherever_token_borders_lie(
+    model: tuple[Config, Params], start: int, end: int
+) -> None:
+    prompt, tokens = free_run(model)
+    text = spelled(tokens)
+    stop = text[start:end]
+    reached = (text.index(stop) + len(stop) + 1) // 2  # two characters a token
+    (completion,) = completions(*model, codec(), [prompt], stop=("nowhere", stop))
+    assert completion == Completion(text[: text.index(stop)], tokens[:reached], True)
+
+
+def test_the_first_stop_string_in_the_text_counts(model: tuple[Config, Params]) -> None:
+    prompt, tokens = free_run(model)
+    text = spelled(tokens)
+    stops = (text[6:8], text[5:8])  # both are complete with the same token; the second begins earlier
+    (completion,) = completions(*model, codec(), [prompt], stop=stops)
+    assert completion == Completion(text[:5], tokens[:4], True)
+
+
+def test_half_a_stop_string_is_text(model: tuple[Config, Params]) -> None:
+    prompt, tokens = free_run(model)
+    (completion,) = completions(*model, codec(), [prompt], stop=(spelled(tokens[2:5]),), max_new_tokens=4)
+    assert completion == Completion(spelled(tokens[:4]), tokens[:4], False)
+
+
+def test_stop_strings_end_rows_of_a_batch_one_by_one(model: tuple[Config, Params]) -> None:
+    config, params = model
+    prompts = prompts_for(config)
+    free = [uncached(config, params, prompt) for prompt in prompts]
+    stops = [spelled(free[row][place : place + 2])[1:3] for row, place in [(0, 5), (3, 2), (6, 9)]]
+    texts = [spelled(tokens) for tokens in free]
+    cuts = [min((text.index(stop) for stop in stops if stop in text), default=None) for text in texts]
+    assert len(set(cuts)) > 3
+    found = completions(config, params, codec(), prompts, stop=stops)
+    assert [completion.text for completion in found] == [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+    assert [completion.finished for completion in found] == [cut is not None for cut in cuts]
+    assert found == completions(config, params, codec(), prompts, stop=stops, batch_size=1)
