@@ -139,7 +139,7 @@ def test_accuracy_and_its_error() -> None:
     hits = [True, False, False, True, True, False, False]
     mean, error, n = accuracy(hits)
     assert (mean, n) == (3 / 7, 7)
-    # Measured: 0 to 1e-16, one rounding.
+    # Measured: 0; one rounding would be 1e-16.
     assert error == pytest.approx(statistics.stdev(hits) / math.sqrt(7), rel=1e-15)
 
 
@@ -179,12 +179,12 @@ def test_the_likelihood_is_that_of_transformers(folder_of: Callable[[str], Path]
         labels[:, : example.prompt] = -100
         sums.append(float(model(tokens, labels=labels).loss.detach()) * example.supervised)
     mean, error, n = answer_nll(config, params, examples)
-    # Measured: 8e-8 and 1e-7 in float32.
-    assert mean == pytest.approx(sum(sums) / sum(ANSWERS), rel=1e-6)
+    # Measured: 2e-7, of the error, in float32.
+    assert mean == pytest.approx(sum(sums) / sum(ANSWERS), rel=2e-6)
     assert n == sum(ANSWERS)
     rows, common = len(sums), sum(sums) / sum(ANSWERS)
     spread = sum((total - common * count) ** 2 for total, count in zip(sums, ANSWERS, strict=True))
-    assert error == pytest.approx(math.sqrt(rows / (rows - 1) * spread) / sum(ANSWERS), rel=1e-6)
+    assert error == pytest.approx(math.sqrt(rows / (rows - 1) * spread) / sum(ANSWERS), rel=2e-6)
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def model() -> tuple[Config, Params]:
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_the_likelihood_does_not_depend_on_the_batches(model: tuple[Config, Params], batch_size: int) -> None:
     examples = examples_for(model[0], ANSWERS)
-    # Measured: 4e-16 in float64.
+    # Measured: 1e-15 in float64.
     expected = pytest.approx(answer_nll(*model, examples), rel=1e-14)
     assert answer_nll(*model, examples, batch_size=batch_size) == expected
     assert answer_nll(*model, examples[::-1], batch_size=batch_size) == expected
@@ -222,8 +222,10 @@ def row_means(model: tuple[Config, Params], examples: list[Example]) -> np.ndarr
 def test_answers_of_one_length_have_the_error_of_a_plain_mean(model: tuple[Config, Params]) -> None:
     examples = examples_for(model[0], [6] * 12)
     means = row_means(model, examples)
-    # Measured: 6e-16 in float64.
-    assert answer_nll(*model, examples) == pytest.approx((means.mean(), means.std(ddof=1) / math.sqrt(12), 72))
+    # Measured: 9e-16 in float64.
+    assert answer_nll(*model, examples) == pytest.approx(
+        (means.mean(), means.std(ddof=1) / math.sqrt(12), 72), rel=1e-14
+    )
 
 
 def test_the_error_of_the_likelihood_is_the_bootstraps(model: tuple[Config, Params]) -> None:
@@ -234,7 +236,7 @@ def test_the_error_of_the_likelihood_is_the_bootstraps(model: tuple[Config, Para
     sums = row_means(model, examples) * counts
     drawn = np.random.default_rng(0).integers(80, size=(20_000, 80))
     resampled = sums[drawn].sum(1) / counts[drawn].sum(1)
-    # The bootstrap divides by n where the formula divides by n - 1, and has an error of its own of 0.5 %.
+    # The bootstrap divides by n, the formula by n - 1, and 20,000 draws have an error of 0.5 %. Measured: 0.6 %.
     assert answer_nll(*model, examples).error == pytest.approx(resampled.std(), rel=0.03)
 
 

@@ -7,7 +7,7 @@
 The world has the paper's four categories in small: mathematics, knowledge, reasoning and helpfulness. The model is
 pretrained to be good at all of it but two-step word problems, the task it is then fine-tuned on. One core shows within
 seconds what fine-tuning gains, and what it makes the model forget. The splits are the same bytes on every machine; the
-weights are the same on the same build of PyTorch and kind of CPU.
+weights depend on the build of PyTorch and the kind of CPU.
 """
 
 import argparse

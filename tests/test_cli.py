@@ -1,0 +1,740 @@
+"""The command: what each verb does from its options to its files, and how it says no.
+
+What works is compared with transformers and peft. What does not work ends in one sentence, with status 2 and nothing
+half written.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny import LENGTH, random_lora, random_tokens, tiny_config
+from torch import Tensor
+
+from lfu import __version__, checkpoint, cli, lora, methods
+from lfu.cli import EvalOptions, GenerateOptions, MergeOptions, TrainOptions, main, parser
+from lfu.data import Format, load_codec, prompt_ids, read_rows
+from lfu.evaluate import draw_shots, harness_prompt
+from lfu.model import forward, load, read_config
+from lfu.train import Settings
+
+MINI = Path(__file__).parents[1] / "weights" / "mini"
+QUESTION = "Compute 7+5."
+REQUIRED: dict[str, dict[str, str]] = {
+    "train": {"model": "M", "data": "D", "out": "O"},
+    "eval": {"model": "M", "data": "D"},
+    "generate": {"model": "M", "question": "Q"},
+    "merge": {"model": "M", "adapter": "A", "out": "O"},
+}
+
+
+def flags(**options: Any) -> list[str]:
+    """Options as they are typed: save_every=2 is --save-every 2, drop=True is --drop, and None is nothing."""
+    typed = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True or value is False:
+            typed.append(flag if value else flag.replace("--", "--no-"))
+        elif value is not None:
+            typed += [flag, str(value)]
+    return typed
+
+
+def lfu(verb: str, **options: Any) -> int:
+    return main([verb, *flags(**options)])
+
+
+def sums(count: int, first: int = 1) -> list[dict[str, str]]:
+    """Short rows, every one different."""
+    return [{"question": f"Compute {n}+{n}.", "answer": f"{2 * n}"} for n in range(first, first + count)]
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tokens_of(*texts: str) -> Tensor:
+    codec = load_codec(MINI, 1024)
+    return torch.tensor([codec.tokenizer.encode(text).ids for text in texts])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", sums(8))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: few steps, but long ones. To be read, not changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = write_rows(folder / "rows.jsonl", sums(12))
+    options = {"template": "plain", "bos": False, "epochs": 2, "batch_size": 4, "learning_rate": 0.01, "keep": 9}
+    assert lfu("train", model=MINI, data=rows, out=folder / "run", **options) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def adapter(run: Path) -> Path:
+    return run / "adapter"
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def subcommands() -> dict[str, Any]:
+    (action,) = (action for action in parser()._actions if action.dest == "verb")
+    return action.choices
+
+
+@pytest.mark.parametrize("verb", REQUIRED)
+def test_help_explains_every_option(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")  # argparse breaks lines at hyphens too
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for each in fields(cli.VERBS[verb][0]):
+        (action,) = (action for action in subcommands()[verb]._actions if action.dest == each.name)
+        assert len(each.metadata["help"].split()) > 1
+        assert action.option_strings[0] in shown
+        assert " ".join(each.metadata["help"].split()) in shown
+        if type(each.default) in (int, float, str):
+            assert f"(default: {each.default})" in action.help
+
+
+@pytest.mark.parametrize("verb", REQUIRED)
+def test_the_command_line_is_the_options_object(verb: str) -> None:
+    kind = cli.VERBS[verb][0]
+    parsed = vars(parser().parse_args([verb, *flags(**REQUIRED[verb])]))
+    assert parsed.pop("verb") == verb
+    assert kind(**parsed) == kind(**REQUIRED[verb])
+    assert {each.name for each in fields(kind) if each.default is MISSING} == set(REQUIRED[verb])
+
+
+@pytest.mark.parametrize("verb", REQUIRED)
+def test_a_missing_option_is_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb])
+    assert end.value.code == 2
+    assert all(f"--{name}" in capsys.readouterr().err.split("required:")[1] for name in list(REQUIRED[verb])[-1:])
+
+
+def test_the_defaults_are_those_of_the_functions() -> None:
+    options = TrainOptions(**REQUIRED["train"])
+    assert Settings(**{name: getattr(options, name) for name in Settings._fields}) == Settings()
+    assert Format(options.template, options.bos) == Format()
+
+
+def test_values_arrive_in_their_types() -> None:
+    typed = ["--lambda", "5", "--alpha", "1e-3", "--layers", "1,3-4", "--limit", "7", "--no-bos", "--drop", "--resume"]
+    parsed = vars(parser().parse_args(["train", *flags(**REQUIRED["train"]), *typed]))
+    changed = {"lam": 5.0, "alpha": 0.001, "layers": [1, 3, 4], "limit": 7, "bos": False, "drop": True, "resume": True}
+    assert {name: parsed[name] for name in changed} == changed
+    assert isinstance(parsed["lam"], float)
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        (["train", "--method", "dpo"], "argument --method: invalid choice: 'dpo'.*lfu-reps"),
+        (["train", "--template", "chatml"], "argument --template: invalid choice: 'chatml'.*alpaca"),
+        (["train", "--layers", "all"], "argument --layers: invalid numbers value: 'all'"),
+        (["train", "--rank", "8.5"], "argument --rank: invalid int value"),
+        (["eval", "--score", "f1"], "argument --score: invalid choice: 'f1'"),
+        (["generate", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["tune"], "invalid choice: 'tune'"),
+        ([], "required: verb"),
+    ],
+)
+def test_what_cannot_be_typed(typed: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(typed)
+    assert end.value.code == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"lfu {__version__}\n"
+
+
+def command(*typed: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "lfu.cli", *typed],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_as_a_command_of_its_own(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"model": MINI, "adapter": adapter, "question": QUESTION}
+    assert lfu("generate", **options) == 0
+    ended = command("generate", *flags(**options))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, capsys.readouterr().out, "")
+
+
+def test_as_a_command_of_its_own_that_cannot(tmp_path: Path) -> None:
+    ended = command("generate", *flags(model=tmp_path, question=QUESTION))
+    assert ended.returncode == 2
+    assert ended.stderr == f"lfu: {tmp_path / 'config.json'} does not exist.\n"
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def test_train_from_the_command_line_and_from_python_are_the_same(data: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "lfu-reps", "epochs": 1, "batch_size": 4, "layers": "1-3", "rank": 2}
+    assert lfu("train", model=MINI, data=data, out=tmp_path / "a", **settings) == 0
+    options = TrainOptions(model=str(MINI), data=str(data), out=str(tmp_path / "b"), **settings | {"layers": [1, 2, 3]})
+    assert cli.train(options) == tmp_path / "b" / "adapter"
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_holds_its_settings_its_log_and_its_adapter(run: Path) -> None:
+    settings = json.loads((run / "settings.json").read_text())
+    published = {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0, "norm": "mean", "layers": [1, 2, 3, 4]}
+    assert settings | published | {"rank": 8, "template": "plain", "bos": False} == settings
+    assert settings.keys() - {each.name for each in fields(TrainOptions)} == {
+        "model_fingerprint", "data_sha256", "lfu", "torch"
+    }  # fmt: skip
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in log] == [1, 1, 1, 2, 2, 2]
+    assert all(math.isfinite(line[name]) for line in log for name in ("sft", "consistency", "ascent_norm", "tokens"))
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "checkpoints", "log.jsonl", "settings.json"]
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["step-3", "step-6"]  # one an epoch
+    assert json.loads((run / "adapter" / "lfu_config.json").read_text()) == settings
+    last = run / "checkpoints" / "step-6" / "adapter_model.safetensors"
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == last.read_bytes()
+
+
+def test_train_says_what_it_takes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*sums(4), {"question": "word " * 60, "answer": "1"}, {"question": " ", "answer": "1"}]
+    write_rows(data, rows)
+    options = {"epochs": 1, "max_length": 60, "template": "plain", "method": "sft"}
+    assert lfu("train", model=MINI, data=data, out=tmp_path / "run", drop=True, **options) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"rows\.jsonl: 4 rows, \d+ tokens with loss, 2 rows left out\.", shown)
+    assert re.search(r"left out: line 5: \d+ tokens are more than the maximum of 60", shown)
+    assert "left out: line 6: the question or the answer is empty" in shown
+    assert re.search(r"Memory: weights 3\.3 MiB \(torch\.float32\), adapter 0\.\d MiB", shown)
+
+
+def test_limit_takes_the_first_rows(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(data, [*sums(5), {"question": "", "answer": ""}])
+    assert lfu("train", model=MINI, data=data, out=tmp_path / "run", epochs=1, limit=5, method="sft") == 0
+    assert "rows.jsonl: 5 rows" in capsys.readouterr().out
+
+
+def test_an_empty_folder_may_be_the_out(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert lfu("train", model=MINI, data=data, out=tmp_path / "run", epochs=1, method="sft") == 0
+
+
+# --- the adapter in peft --------------------------------------------------------------------------
+
+
+def peft_logits(adapter: Path, tokens: Tensor) -> Tensor:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(MINI, dtype=torch.float32)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base, adapter).eval()(tokens).logits
+
+
+def test_the_adapter_is_the_same_in_peft(adapter: Path) -> None:
+    tokens = tokens_of("Question: Compute 7+5.\nAnswer: 12")
+    config, base = load(MINI)
+    logits = forward(config, base, tokens, [lora.load(adapter, config)])[0]
+    assert float((logits - forward(config, base, tokens)[0]).abs().max()) > 1.0
+    # Measured: TODO, of logits up to TODO.
+    torch.testing.assert_close(logits, peft_logits(adapter, tokens), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_by_peft_is_accepted(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It holds no settings of ours, so the prompt is the default one."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(MINI, dtype=torch.float32)
+    torch.manual_seed(0)
+    foreign = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in foreign.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    foreign.save_pretrained(tmp_path / "foreign")
+    tokens = tokens_of("Question: Compute 7+5.\nAnswer: 12")
+    config, params = load(MINI)
+    logits = forward(config, params, tokens, [lora.load(tmp_path / "foreign", config)])[0]
+    # Measured: TODO.
+    torch.testing.assert_close(logits, foreign.eval()(tokens).logits.detach(), rtol=0, atol=1e-4)
+
+    options = EvalOptions(model=str(MINI), adapter=str(tmp_path / "foreign"), data=str(data), generate=False)
+    result = cli.evaluate(options)["nll"]
+    assert "template alpaca" in capsys.readouterr().out
+    alone = cli.evaluate(EvalOptions(model=str(MINI), data=str(data), generate=False))["nll"]
+    assert result.mean != pytest.approx(alone.mean, rel=1e-2)
+    assert result.n == alone.n
+
+
+# --- merge ----------------------------------------------------------------------------------------
+
+
+def transformers_logits(folder: Path, tokens: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+
+
+def test_merged_is_the_model_and_its_adapter(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "merged"
+    assert lfu("merge", model=MINI, adapter=adapter, out=out) == 0
+    shown = capsys.readouterr().out
+    said = re.search(rf"^{out}: merged in torch\.bfloat16\. .* change by at most (\S+), of at most (\S+)\.\n$", shown)
+
+    config, base = load(MINI)
+    pairs, scale = lora.load(adapter, config)
+    config, merged = load(out, dtype=torch.bfloat16)
+    W, (A, B) = base.layers[2].down_proj, pairs[2]["down_proj"]
+    assert torch.equal(merged.layers[2].down_proj, (W + scale * B @ A).bfloat16())
+    assert torch.equal(merged.embed, base.embed.bfloat16())
+
+    tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    bfloat16 = load(MINI, dtype=torch.bfloat16)[1]
+    beside, inside = forward(config, bfloat16, tokens, [(pairs, scale)])[0], forward(config, merged, tokens)[0]
+    assert said is not None
+    assert float(said[1]) == pytest.approx(float((inside - beside).abs().max()), rel=1e-2)
+    assert float(said[2]) == pytest.approx(float(beside.abs().max()), rel=1e-2)
+
+
+def test_transformers_reads_the_merged_folder(adapter: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    out = tmp_path / "merged"
+    assert lfu("merge", model=MINI, adapter=adapter, out=out) == 0
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")  # tied, as the model is
+    assert AutoConfig.from_pretrained(out).dtype == torch.bfloat16
+    ids = AutoTokenizer.from_pretrained(out)(QUESTION)["input_ids"]
+    assert ids == tokens_of(QUESTION)[0].tolist()
+    # Measured: TODO.
+    config, merged = load(out)
+    logits = forward(config, merged, torch.tensor([ids]))[0]
+    torch.testing.assert_close(logits, transformers_logits(out, torch.tensor([ids])), rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def tiny(folder_of: Callable[[str], Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A model with scaled rotary embedding and an output layer of its own, and an adapter for it."""
+    path = tmp_path / "adapter"
+    path.mkdir()
+    lora.save(path, (random_lora(tiny_config("llama31"), 2, seed=1, dtype=torch.float32), 2.0), base="base")
+    return folder_of("llama31"), path
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_a_merged_folder_is_whole_in_one_file_and_in_many(
+    tiny: tuple[Path, Path], shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, adapter = tiny
+    out = tmp_path / "merged"
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    assert lfu("merge", model=source, adapter=adapter, out=out) == 0
+    files = sorted(out.glob("*.safetensors"))
+    assert (len(files) > 3) == (shard_bytes == 20_000)
+    assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= shard_bytes for file in files)
+    tokens = random_tokens(tiny_config("llama31"), 2, LENGTH)
+    config, base = load(source)
+    beside = forward(config, base, tokens, [lora.load(adapter, config)])[0]
+    config, merged = load(out)
+    inside = forward(config, merged, tokens)[0]
+    # Measured: TODO, of logits up to TODO.
+    torch.testing.assert_close(inside, beside, rtol=0, atol=1e-3)
+    torch.testing.assert_close(transformers_logits(out, tokens), inside, rtol=0, atol=1e-3)
+
+
+def test_merged_rope_is_written_for_transformers_4_and_5(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    source, adapter = tiny
+    out = tmp_path / "merged"
+    assert lfu("merge", model=source, adapter=adapter, out=out) == 0
+    written = json.loads((out / "config.json").read_text())
+    scaling = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    assert (written["rope_theta"], written["rope_scaling"]) == (5e5, scaling)
+    assert written["rope_parameters"] == scaling | {"rope_theta": 5e5}
+    for kept in ("rope_scaling", "rope_parameters"):  # either form alone says the same
+        alone = {key: value for key, value in written.items() if kept == "rope_scaling" or key != "rope_theta"}
+        alone.pop({"rope_scaling": "rope_parameters", "rope_parameters": "rope_scaling"}[kept])
+        (tmp_path / "config.json").write_text(json.dumps(alone))
+        assert read_config(tmp_path / "config.json") == tiny_config("llama31")
+
+
+# --- eval and generate ----------------------------------------------------------------------------
+
+
+def test_predictions_are_written_with_their_scores(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row | {"level": level} for level, row in enumerate(sums(6, first=3))]
+    data = write_rows(tmp_path / "test.jsonl", rows)
+    out = tmp_path / "predictions.jsonl"
+    options = {"model": str(MINI), "adapter": str(adapter), "data": str(data), "out": str(out), "score": "exact"}
+    results = cli.evaluate(EvalOptions(**options, max_new_tokens=8, batch_size=4))
+    lines = sorted((json.loads(line) for line in out.read_text().splitlines()), key=lambda line: line["row"])
+    assert [line["row"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [{key: line[key] for key in rows[0]} for line in lines] == rows
+    assert [line["exact"] for line in lines] == [line["prediction"].strip() == line["answer"] for line in lines]
+    assert all(isinstance(line["finished"], bool) for line in lines)
+    for line in lines:
+        answer = cli.generate(
+            GenerateOptions(model=str(MINI), adapter=str(adapter), question=line["question"], max_new_tokens=8)
+        )
+        assert answer == line["prediction"]
+    hits = [line["exact"] for line in lines]
+    assert results["exact"].mean == sum(hits) / 6
+    assert results.keys() == {"nll", "exact"}
+    shown = capsys.readouterr().out
+    assert f"exact: {100 * sum(hits) / 6:.2f} % ± " in shown
+    assert f"nll: {results['nll'].mean:.4f} ± {results['nll'].error:.4f} nats per answer token" in shown
+
+
+def prompts_asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """What generation is given from now on."""
+    asked, generate = [], cli.generating.generate
+
+    def noting(config: Any, base: Any, codec: Any, prompts: list[list[int]], *rest: Any, **options: Any) -> Any:
+        asked.extend(prompts)
+        return generate(config, base, codec, prompts, *rest, **options)
+
+    monkeypatch.setattr(cli.generating, "generate", noting)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("given", "format"),
+    [
+        ({}, Format("plain", False)),
+        ({"bos": True}, Format("plain", True)),
+        ({"template": "question"}, Format("question", False)),
+        ({"template": "alpaca", "bos": True}, Format()),
+    ],
+)
+def test_the_prompt_is_the_adapters_own_unless_given(
+    adapter: Path, tmp_path: Path, given: dict[str, Any], format: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prompts_asked(monkeypatch)
+    data = write_rows(tmp_path / "test.jsonl", sums(3))
+    own = {"model": str(MINI), "adapter": str(adapter), "max_new_tokens": 2, **given}
+    codec = load_codec(MINI, 1024)
+    cli.generate(GenerateOptions(**own, question=QUESTION))
+    assert asked == [prompt_ids(codec, format, QUESTION)]
+    cli.evaluate(EvalOptions(**own, data=str(data), nll=False))
+    assert asked[1:] == [prompt_ids(codec, format, row["question"]) for row in sums(3)]
+    told = {"template": format.template, "bos": format.bos}
+    stored, explicit = (
+        cli.evaluate(EvalOptions(**own | options, data=str(data), generate=False)) for options in ({}, told)
+    )
+    assert stored == explicit
+
+
+def test_the_harness_prompt_with_worked_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = prompts_asked(monkeypatch)
+    data = write_rows(tmp_path / "test.jsonl", sums(3))
+    pool = write_rows(tmp_path / "train.jsonl", sums(6))
+    given = {"data": data, "prompt": "harness", "shots": 2, "shots_data": pool, "seed": 7, "max_new_tokens": 2}
+    assert lfu("eval", model=MINI, nll=False, **given) == 0
+    codec, shots = load_codec(MINI, 1024), read_rows(pool)
+    assert asked == [harness_prompt(codec, row, draw_shots(shots, 2, 7, row)) for row in read_rows(data)]
+    assert "(harness, 2-shot, at most 2 new tokens, greedy)" in capsys.readouterr().out
+
+
+def test_eval_limit_and_columns(tmp_path: Path) -> None:
+    rows = [{"prompt": row["question"], "target": row["answer"]} for row in sums(5)]
+    data = write_rows(tmp_path / "test.jsonl", rows)
+    options = EvalOptions(
+        model=str(MINI), data=str(data), question="prompt", answer="target", limit=3, max_new_tokens=2, nll=False
+    )
+    assert {name: value.n for name, value in cli.evaluate(options).items()} == {"strict": 3, "flexible": 3}
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence that was printed."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lfu: ")]
+    assert len(lines) == 1
+    return lines[0].removeprefix("lfu: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"layers": "9"}, r"Consistency layers must be block numbers from 1 to 4, .*not \[9\]"),
+        ({"layers": "0-2"}, "Consistency layers must be block numbers from 1 to 4"),
+        ({"alpha": -1}, "alpha must be at least 0, not -1.0"),
+        ({"lambda": -1}, "lam must be at least 0, not -1.0"),
+        ({"norm": "l1"}, "norm of the consistency loss must be mean or sum, not 'l1'"),
+        ({"method": "sft", "alpha": 0.1}, "The method sft has no alpha"),
+        ({"method": "sft", "lambda": 1, "layers": "1"}, "The method sft has no lam or layers"),
+        ({"epochs": 0}, "epochs must be more than 0, not 0"),
+        ({"batch_size": 0}, "batch_size must be more than 0"),
+        ({"warmup": 2}, "warmup is a share of the steps, from 0 to 1, not 2.0"),
+        ({"max_length": 20}, r"rows\.jsonl, line 1: \d+ tokens are more than the maximum of 20\. .*--drop"),
+        ({"max_length": 20, "drop": True}, r"rows\.jsonl: no usable rows; line 1: "),
+        ({"question": "prompt"}, r"rows\.jsonl, line 1: no column 'prompt'; the row has question, answer"),
+        ({"model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
+    ],
+)
+def test_train_refuses_settings(
+    data: Path, tmp_path: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert lfu("train", **{"model": MINI, "data": data, "out": out} | changes) == 2
+    assert re.match(rf".*{sentence}", refusal(capsys))
+    assert not out.exists()
+
+
+GOOD = json.dumps(sums(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, r"The data file \S+rows\.jsonl does not exist"),
+        ("", "holds no rows"),
+        (f"{GOOD}\n{GOOD[:-2]}\n", "line 2: not valid JSON"),
+        (f'{GOOD}\n{{"question": "Why?"}}\n', "line 2: no column 'answer'"),
+        (f'{GOOD}\n{{"question": "Why?", "answer": 4}}\n', "line 2: column 'answer' must be a string, not 4"),
+        (f'{GOOD}\n{{"question": "Why?", "answer": ""}}\n', "line 2: the question or the answer is empty"),
+        (f'{GOOD}\n{{"question": "A </s>?", "answer": "B"}}\n', "line 2: the text itself contains .* </s>"),
+    ],
+)
+def test_train_refuses_data(
+    data: Path, tmp_path: Path, content: str | None, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    data.unlink() if content is None else data.write_text(content)
+    assert lfu("train", model=MINI, data=data, out=out) == 2
+    assert re.search(sentence, refusal(capsys))
+    assert not out.exists()
+
+
+def test_train_refuses_a_tokenizer_larger_than_the_model(
+    data: Path, folder_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(folder_of("llama2"), model)
+    shutil.copyfile(MINI / "tokenizer.json", model / "tokenizer.json")
+    assert lfu("train", model=model, data=data, out=out) == 2
+    assert re.search(r"tokenizer\.json has token ids up to \d+, but .* vocabulary holds 80\.", refusal(capsys))
+    assert not out.exists()
+
+
+def test_train_refuses_a_folder_in_use(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert lfu("train", model=MINI, data=data, out=out) == 2
+    assert refusal(capsys) == f"{out} is not empty. Choose another --out, or continue the run in it with --resume."
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate", "merge"])
+def test_an_adapter_of_another_model_is_refused(
+    verb: str, tiny: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"eval": {"data": data}, "generate": {"question": QUESTION}, "merge": {}}[verb]
+    out = None if verb == "generate" else tmp_path / "out"
+    assert lfu(verb, model=MINI, adapter=tiny[1], out=out, **own) == 2
+    assert re.search(r"lacks 14 tensors that its configuration implies: \S+layers\.3\.", refusal(capsys))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["eval", "merge"])
+def test_what_exists_is_not_overwritten(
+    verb: str, adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.write_text("old")
+    assert lfu(verb, model=MINI, adapter=adapter, out=out, data=data if verb == "eval" else None) == 2
+    assert re.match(rf"{out} exists already; .*[Cc]hoose another --out\.", refusal(capsys))
+    assert out.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"prompt": "harness", "shots": 5}, "Worked examples need a file to be drawn from: give --shots-data"),
+        ({"prompt": "harness", "shots": 8, "shots_data": "."}, "has 8 rows, too few for 8 worked examples"),
+        ({"adapter": "nowhere"}, r"nowhere/adapter_config\.json does not exist"),
+        ({"answer": "target"}, "line 1: no column 'target'"),
+    ],
+)
+def test_eval_refuses(
+    data: Path, tmp_path: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "predictions.jsonl"
+    changes |= {"shots_data": data} if "shots_data" in changes else {}
+    assert lfu("eval", model=MINI, data=data, out=out, **changes) == 2
+    assert re.search(sentence, refusal(capsys))
+    assert not out.exists()
+
+
+# --- what goes wrong on the way -------------------------------------------------------------------
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_what_is_not_finite_ends_the_run_at_its_last_good_step(
+    where: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"model": MINI, "data": data, "method": "sft", "batch_size": 4, "micro_batch_size": 2, "save_every": 1}
+    assert lfu("train", out=tmp_path / "sound", keep=9, **options) == 0
+    calls, sft = [], methods.sft
+
+    def poisoned(*arguments: Any, **bound: Any) -> Any:
+        gradient, metrics = sft(*arguments, **bound)
+        calls.append(arguments)
+        if len(calls) == 6:  # the second micro-batch of the third step
+            metrics = {"sft": metrics["sft"] * math.nan} if where == "loss" else metrics
+            gradient[0]["q_proj"].B.mul_(math.inf if where == "gradient" else 1.0)
+        return gradient, metrics
+
+    monkeypatch.setitem(methods.METHODS, "sft", poisoned)
+    out = tmp_path / "run"
+    assert lfu("train", out=out, **options) == 2
+    sentence = refusal(capsys)
+    lines = re.match(
+        r"Step 3: the loss or its gradient is not finite \(sft \S+\) for the rows of lines (\[.*?\])\.", sentence
+    )
+    assert lines is not None
+    shown = load_codec(MINI, 1024).tokenizer.decode_batch(calls[5][3].tokens.tolist())
+    rows = json.loads(lines[1])
+    assert len(rows) == 2
+    assert all(f"Compute {row}+{row}." in text for row, text in zip(rows, shown, strict=True))
+    assert "No update was made. Lower the learning rate" in sentence
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["step-2"]
+    kept, expected = (tensors_in(run / "checkpoints" / "step-2") for run in (out, tmp_path / "sound"))
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+    assert not (out / "adapter").exists()
+
+
+def test_a_run_that_explodes_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"batch_size": 4, "learning_rate": 1e30, "epochs": 3}
+    assert lfu("train", model=MINI, data=data, out=tmp_path / "run", **options) == 2
+    assert re.match(r"Step 3: the loss or its gradient is not finite \(sft nan, consistency nan", refusal(capsys))
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """While this holds, the system refuses to let a file grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (SafetensorError("I/O error: No space left on device"), r"could not be written: .*Is the disk full\?"),
+        (None, r"could not be written: .*File too large.*Is the disk full\?"),
+    ],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(
+    failure: Exception | None, sentence: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The disk is full, by the library's word or by the system's, when the second checkpoint is written."""
+    options = {"model": MINI, "data": data, "method": "sft", "batch_size": 4, "save_every": 1, "epochs": 1}
+    out, keep_last = tmp_path / "run", checkpoint.keep_last
+    before: dict[str, bytes] = {}
+
+    def after_the_first(run: Path, count: int) -> None:
+        keep_last(run, count)
+        before.update(tree(run / "checkpoints"))
+        if failure is None:
+            limit.enter_context(file_size_limit(100_000))
+        else:
+            monkeypatch.setattr(checkpoint, "save_file", refuse)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(checkpoint, "keep_last", after_the_first)
+    with ExitStack() as limit:
+        status = lfu("train", out=out, **options)
+    assert status == 2
+    assert re.search(sentence, refusal(capsys))
+    assert before.keys() == {
+        f"step-1/{name}" for name in
+        ("adapter_config.json", "adapter_model.safetensors", "lfu_config.json", "optimizer.safetensors", "state.json")
+    }  # fmt: skip
+    assert tree(out / "checkpoints") == before
+    monkeypatch.undo()
+    assert lfu("train", out=out, resume=True, **options) == 0
+
+
+def test_a_full_disk_leaves_no_half_of_a_merged_model(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with file_size_limit(100_000):
+        status = lfu("merge", model=MINI, adapter=adapter, out=tmp_path / "merged")
+    assert status == 2
+    assert re.search(r"could not be written: .*Is the disk full\?", refusal(capsys))
+    assert not list(tmp_path.iterdir())
+
+
+def test_merge_looks_for_room_first(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**7, 10**7, 10**6))
+    assert lfu("merge", model=MINI, adapter=adapter, out=tmp_path / "merged") == 2
+    assert refusal(capsys) == f"{tmp_path / 'merged'} needs 0.0 GB, but only 0.0 GB are free there."
+    assert not list(tmp_path.iterdir())
+
+
+def test_merge_options_are_what_merge_takes(adapter: Path, tmp_path: Path) -> None:
+    options = MergeOptions(model=str(MINI), adapter=str(adapter), out=str(tmp_path / "merged"))
+    assert cli.merge(options) == tmp_path / "merged"
