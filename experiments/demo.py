@@ -53,8 +53,8 @@ def fine_tune(method: str) -> Path:
         out=str(OUT / method),
         method=method,
         template="question",
-        epochs=20,
-        learning_rate=3e-3,
+        epochs=10,
+        learning_rate=1e-2,
         micro_batch_size=16,
     )
     with redirect_stdout(sys.stderr):
