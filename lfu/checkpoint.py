@@ -299,9 +299,14 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, step: int) ->
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
     """Put the saved moments back into a fresh optimizer; returns the number of steps done."""
     state = read_json(folder / "state.json")
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("sha256"), dict):
+        raise InputError(f"{folder / 'state.json'} must name a step and the checksums of the tensor files.")
     for name, checksum in state["sha256"].items():
         if not (folder / name).is_file() or sha256(folder / name) != checksum:
-            raise InputError(f"{folder / name} is damaged: its checksum is not the one in state.json.")
+            raise InputError(
+                f"{folder / name} is damaged: its checksum is not the one in state.json. Remove {folder} to continue "
+                "from the checkpoint before it, or from the start."
+            )
     moments: dict[int, dict[str, Tensor]] = {}
     opened = open_safetensors(folder / "optimizer.safetensors")
     for key in opened.keys():  # noqa: SIM118, the file is not a dict
@@ -320,8 +325,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def keep_last(run: Path, count: int) -> None:
-    """Remove all but the last `count` checkpoints."""
-    for old in checkpoints(run)[:-count]:
+    """Remove all but the last `count` checkpoints, and what an interrupted write left behind."""
+    for old in [*checkpoints(run)[:-count], *(run / "checkpoints").glob("*.tmp")]:
         shutil.rmtree(old)
 
 

@@ -8,6 +8,7 @@ per step, and checkpoints from which `--resume` continues exactly.
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
@@ -89,6 +90,10 @@ MAY_CHANGE = ("model", "data", "out", "device", "save_every", "keep", "resume")
 
 def train(options: TrainOptions) -> Path:
     """Fine-tune an adapter; returns its folder, OUT/adapter. InputError for anything that cannot be used."""
+    require_counts(options, "rank", "limit", "save_every", "keep")
+    if not 0 < options.lora_alpha < math.inf:
+        raise InputError(f"lora_alpha must be more than 0 and finite, not {options.lora_alpha}.")
+    device = choose_device(options.device)
     out, folder = Path(options.out), checkpoint.local_folder(options.model)
     config = model.read_config(folder / "config.json")
     method, chosen = methods.bind(
@@ -100,12 +105,13 @@ def train(options: TrainOptions) -> Path:
     examples = read_examples(options, folder, config)
     task = lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
     settings = resolved(options, folder, chosen)
-    claim(out, settings, options.resume)
+    require_own(out, settings, options.resume)
 
-    device = choose_device(options.device)
     config, base = model.load(folder, dtype=DTYPES.get(options.dtype), device=device)
     task = tree_map(lambda tensor: tensor.to(device, model.stream_dtype(base)), task)
     print_memory(base, task)
+    if not options.resume:
+        checkpoint.write_json(out / "settings.json", settings)
     optimizer, first = training.adamw(task, schedule), 0
     if saved := checkpoint.checkpoints(out):
         first = restore(saved[-1], config, task, optimizer)
@@ -114,6 +120,14 @@ def train(options: TrainOptions) -> Path:
     steps = training.train(config, base, task, optimizer, examples, method, schedule, first)
     follow(run, steps, task, optimizer, first, training.total_steps(len(examples), schedule))
     return out / "adapter"
+
+
+def require_counts(options: Any, *names: str, least: int = 1) -> None:
+    """InputError for an option that is given and smaller than `least`."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, not {value}.")
 
 
 def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> list[Example]:
@@ -139,15 +153,15 @@ def resolved(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dic
     return asdict(options) | chosen | base | identity | {"lfu": __version__, "torch": torch.__version__}
 
 
-def claim(out: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Make the run's folder, or make sure that it holds this very run."""
-    path = out / "settings.json"
+def require_own(out: Path, settings: dict[str, Any], resume: bool) -> None:
+    """InputError unless the folder is empty, or, to resume, holds this very run."""
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} is not empty. Choose another --out, or continue the run in it with --resume.")
-        checkpoint.write_json(path, settings)
         return
-    before = checkpoint.read_json(path)
+    if not (out / "settings.json").is_file():
+        raise InputError(f"{out / 'settings.json'} does not exist: there is no run to continue. Leave out --resume.")
+    before = checkpoint.read_json(out / "settings.json")
     changed = [
         f"{name} was {before.get(name)!r} and is {settings[name]!r}"
         for name in settings
@@ -282,6 +296,8 @@ def speaker(
     stored = Format()
     if adapter is not None and (Path(adapter) / "lfu_config.json").is_file():
         settings = checkpoint.read_json(Path(adapter) / "lfu_config.json")
+        if not {"template", "bos"} <= set(settings):
+            raise InputError(f"{Path(adapter) / 'lfu_config.json'} must name the template and bos of the prompt.")
         stored = Format(settings["template"], settings["bos"])
     form = Format(template or stored.template, stored.bos if bos is None else bos)
     place = choose_device(device)
@@ -292,7 +308,11 @@ def speaker(
 
 
 def choose_device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of this name, or the best there is; InputError if it cannot be used."""
+    try:
+        return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device {name!r} cannot be used here: {error}") from error
 
 
 # --- eval ------------------------------------------------------------------------------------------
@@ -330,6 +350,8 @@ class EvalOptions:
 
 def evaluate(options: EvalOptions) -> dict[str, Estimate]:
     """Score a model or an adapter; prints and returns each score with its standard error and n."""
+    require_counts(options, "batch_size", "max_new_tokens", "limit")
+    require_counts(options, "shots", least=0)
     if options.out is not None and Path(options.out).exists():
         raise InputError(f"{options.out} exists already; predictions are never overwritten. Choose another --out.")
     if options.prompt == "harness" and options.shots and options.shots_data is None:
@@ -351,10 +373,9 @@ def evaluate(options: EvalOptions) -> dict[str, Estimate]:
     if options.generate:
         hits = predict(options, who, rows, pool)
         results |= {name: evaluating.accuracy([hit[name] for hit in hits]) for name in hits[0]}
-    asked = f"harness, {options.shots}-shot" if options.prompt == "harness" else f"template {who.format.template}"
-    print(f"{options.data} ({asked}, at most {options.max_new_tokens} new tokens, greedy)")
+    print(f"{options.data}, model {options.model}, adapter {options.adapter or 'none'}")
     for name, value in results.items():
-        print(f"  {name}: {described(name, value)}")
+        print(f"  {described(options, who.format, name, value)}")
     return results
 
 
@@ -373,20 +394,26 @@ def predict(options: EvalOptions, who: Speaker, rows: list[Row], pool: list[Row]
         max_new_tokens=options.max_new_tokens, stop=stop, batch_size=options.batch_size,
     )  # fmt: skip
     hits: list[dict[str, bool]] = [{} for _ in rows]
+    if options.out:
+        Path(options.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "x", encoding="utf-8") if options.out else nullcontext() as file:
         for index, completion in tqdm(answers, total=len(rows), unit="row"):
             hits[index] = score(completion.text, rows[index].answer)
-            line = rows[index].fields | {"prediction": completion.text, "finished": completion.finished} | hits[index]
             if file:
-                file.write(json.dumps({"row": rows[index].number, **line}, ensure_ascii=False) + "\n")
+                found = {"row": rows[index].number, "prediction": completion.text, "finished": completion.finished}
+                file.write(json.dumps(rows[index].fields | found | hits[index], ensure_ascii=False) + "\n")
                 file.flush()
     return hits
 
 
-def described(name: str, value: Estimate) -> str:
+def described(options: EvalOptions, form: Format, name: str, value: Estimate) -> str:
+    """A score with its standard error, its n, and how it was asked for."""
+    own = f"template {form.template}, {'with' if form.bos else 'without'} BOS"
     if name == "nll":
-        return f"{value.mean:.4f} ± {value.error:.4f} nats per answer token (n = {value.n} tokens)"
-    return f"{100 * value.mean:.2f} % ± {100 * value.error:.2f} (n = {value.n})"
+        return f"nll: {value.mean:.4f} ± {value.error:.4f} nats per answer token (n = {value.n} tokens; {own})"
+    asked = f"harness prompt, {options.shots}-shot" if options.prompt == "harness" else own
+    how = f"{asked}, greedy, at most {options.max_new_tokens} new tokens"
+    return f"{name}: {100 * value.mean:.2f} % ± {100 * value.error:.2f} (n = {value.n}; {how})"
 
 
 # --- generate --------------------------------------------------------------------------------------
@@ -410,6 +437,7 @@ class GenerateOptions:
 
 def generate(options: GenerateOptions) -> str:
     """Answer one question greedily; prints and returns the answer."""
+    require_counts(options, "max_new_tokens")
     who = speaker(options.model, options.adapter, options.template, options.bos, options.dtype, options.device)
     prompt = prompt_ids(who.codec, who.format, options.question)
     ((_, completion),) = generating.generate(
@@ -473,7 +501,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lfu: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"lfu: {interrupt}", file=sys.stderr)
+        print(f"lfu: {str(interrupt) or 'Interrupted.'}", file=sys.stderr)
         return 130
     return 0
 

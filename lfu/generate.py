@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lfu import InputError
 from lfu.data import Codec, pad
 from lfu.lora import Adapter
 from lfu.model import Cache, Config, Params, decode, empty_cache
@@ -36,7 +37,12 @@ def generate(
     """Yields (index of the prompt, its completion), batch by batch, prompts of similar length together.
 
     A completion ends at any EOS id of `codec`, or where its text first contains a string of `stop`, which is cut off.
+    InputError for an empty prompt: there is nothing to continue.
     """
+    if not all(prompts):
+        raise InputError(
+            "A prompt without tokens cannot be continued: ask something, or use a template or the BOS token."
+        )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -59,27 +65,31 @@ def greedy(
     counts = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = empty_cache(config, params, len(prompts), int(counts.max()) + max_new_tokens)
     rows, outputs = list(range(len(prompts))), [[] for _ in prompts]
-    logits, cache = decode(config, params, pad(prompts).to(device), counts, cache, adapters)
+    tokens = pad(prompts).to(device)
+    done = [False for _ in prompts]
     for _ in range(max_new_tokens):
+        logits, cache = decode(config, params, tokens, counts, cache, adapters)
         chosen = logits.argmax(-1)  # [rows]
         for row, token in zip(rows, chosen.tolist()):
-            if not ended(codec, outputs[row], stop):
+            if not done[row]:
                 outputs[row].append(token)
-        going = [place for place, row in enumerate(rows) if not ended(codec, outputs[row], stop)]
+                done[row] = ended(codec, outputs[row], stop)
+        going = [place for place, row in enumerate(rows) if not done[row]]
         if not going:
             break
         if 2 * len(going) <= len(rows):
             rows, kept = [rows[place] for place in going], torch.tensor(going, device=device)
             chosen, cache = chosen[kept], select(cache, kept)
-        logits, cache = decode(config, params, chosen[:, None], torch.ones_like(chosen), cache, adapters)
+        tokens, counts = chosen[:, None], torch.ones_like(chosen)
     return outputs
 
 
 def ended(codec: Codec, tokens: list[int], stop: Sequence[str]) -> bool:
     """Whether a row has reached an EOS id or a stop string."""
-    if not tokens:
-        return False
-    return tokens[-1] in codec.stops or any(string in codec.tokenizer.decode(tokens) for string in stop)
+    if not tokens or tokens[-1] in codec.stops or not stop:
+        return bool(tokens) and tokens[-1] in codec.stops
+    text = codec.tokenizer.decode(tokens)
+    return any(string in text for string in stop)
 
 
 def select(cache: Cache, rows: Tensor) -> Cache:

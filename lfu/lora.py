@@ -87,7 +87,7 @@ def merge(params: Params, adapter: Adapter) -> Params:
 
 
 def save(folder: Path, adapter: Adapter, *, base: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors (float32) into an existing folder.
+    """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
     `base` is what a reader should load below the adapter: an absolute path or a hub id.
     """

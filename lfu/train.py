@@ -129,10 +129,10 @@ def any_nonzero(tensors: list[Tensor]) -> bool:
 
 
 def require_not_negative(**values: float) -> None:
-    """ValueError for a negative (or NaN) step length or weight."""
+    """ValueError unless each value is finite and at least 0."""
     for name, value in values.items():
-        if not value >= 0:
-            raise InputError(f"{name} must be at least 0, not {value}.")
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name} must be at least 0 and finite, not {value}.")
 
 
 # --- the loop -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,11 +131,12 @@ def test_the_command_line_is_the_options_object(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", REQUIRED)
-def test_a_missing_option_is_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_options_are_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([verb])
     assert end.value.code == 2
-    assert all(f"--{name}" in capsys.readouterr().err.split("required:")[1] for name in list(REQUIRED[verb])[-1:])
+    missing = capsys.readouterr().err.split("required: ")[1].strip()
+    assert missing.split(", ") == [f"--{name}" for name in REQUIRED[verb]]
 
 
 def test_the_defaults_are_those_of_the_functions() -> None:
@@ -403,7 +405,7 @@ def test_predictions_are_written_with_their_scores(
 ) -> None:
     rows = [row | {"level": level} for level, row in enumerate(sums(6, first=3))]
     data = write_rows(tmp_path / "test.jsonl", rows)
-    out = tmp_path / "predictions.jsonl"
+    out = tmp_path / "new" / "predictions.jsonl"
     options = {"model": str(MINI), "adapter": str(adapter), "data": str(data), "out": str(out), "score": "exact"}
     results = cli.evaluate(EvalOptions(**options, max_new_tokens=8, batch_size=4))
     lines = sorted((json.loads(line) for line in out.read_text().splitlines()), key=lambda line: line["row"])
@@ -473,7 +475,7 @@ def test_the_harness_prompt_with_worked_examples(
     assert lfu("eval", model=MINI, nll=False, **given) == 0
     codec, shots = load_codec(MINI, 1024), read_rows(pool)
     assert asked == [harness_prompt(codec, row, draw_shots(shots, 2, 7, row)) for row in read_rows(data)]
-    assert "(harness, 2-shot, at most 2 new tokens, greedy)" in capsys.readouterr().out
+    assert "(n = 3; harness prompt, 2-shot, greedy, at most 2 new tokens)" in capsys.readouterr().out
 
 
 def test_eval_limit_and_columns(tmp_path: Path) -> None:
@@ -500,12 +502,20 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
     [
         ({"layers": "9"}, r"Consistency layers must be block numbers from 1 to 4, .*not \[9\]"),
         ({"layers": "0-2"}, "Consistency layers must be block numbers from 1 to 4"),
-        ({"alpha": -1}, "alpha must be at least 0, not -1.0"),
-        ({"lambda": -1}, "lam must be at least 0, not -1.0"),
+        ({"alpha": -1}, "alpha must be at least 0 and finite, not -1.0"),
+        ({"lambda": -1}, "lam must be at least 0 and finite, not -1.0"),
         ({"norm": "l1"}, "norm of the consistency loss must be mean or sum, not 'l1'"),
         ({"method": "sft", "alpha": 0.1}, "The method sft has no alpha"),
         ({"method": "sft", "lambda": 1, "layers": "1"}, "The method sft has no lam or layers"),
         ({"epochs": 0}, "epochs must be more than 0, not 0"),
+        ({"learning_rate": "inf"}, "learning_rate must be at least 0 and finite, not inf"),
+        ({"rank": 0}, "rank must be at least 1, not 0"),
+        ({"lora_alpha": 0}, "lora_alpha must be more than 0 and finite, not 0.0"),
+        ({"lora_alpha": "nan"}, "lora_alpha must be more than 0 and finite, not nan"),
+        ({"keep": 0}, "keep must be at least 1, not 0"),
+        ({"save_every": -1}, "save_every must be at least 1, not -1"),
+        ({"limit": -1}, "limit must be at least 1, not -1"),
+        ({"device": "abacus"}, "The device 'abacus' cannot be used here"),
         ({"batch_size": 0}, "batch_size must be more than 0"),
         ({"warmup": 2}, "warmup is a share of the steps, from 0 to 1, not 2.0"),
         ({"max_length": 20}, r"rows\.jsonl, line 1: \d+ tokens are more than the maximum of 20\. .*--drop"),
@@ -521,6 +531,27 @@ def test_train_refuses_settings(
     assert lfu("train", **{"model": MINI, "data": data, "out": out} | changes) == 2
     assert re.match(rf".*{sentence}", refusal(capsys))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"limit": 0}, "limit must be at least 1, not 0"),
+        ({"shots": -1}, "shots must be at least 0, not -1"),
+    ],
+)
+def test_eval_refuses_counts(
+    data: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lfu("eval", **{"model": MINI, "data": data} | changes) == 2
+    assert refusal(capsys) == f"{sentence}."
+
+
+def test_nothing_to_continue(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lfu("generate", model=MINI, template="plain", bos=False, question="") == 2
+    assert refusal(capsys).startswith("A prompt without tokens cannot be continued")
 
 
 GOOD = json.dumps(sums(1)[0])
@@ -557,6 +588,19 @@ def test_train_refuses_a_tokenizer_larger_than_the_model(
     assert lfu("train", model=model, data=data, out=out) == 2
     assert re.search(r"tokenizer\.json has token ids up to \d+, but .* vocabulary holds 80\.", refusal(capsys))
     assert not out.exists()
+
+
+def test_broken_weights_leave_the_folder_free_for_the_next_try(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = shutil.copytree(MINI, tmp_path / "model"), tmp_path / "run"
+    (model / "model.safetensors").write_bytes((MINI / "model.safetensors").read_bytes()[:-1])
+    options = {"model": model, "data": data, "out": out, "epochs": 1, "method": "sft"}
+    assert lfu("train", **options) == 2
+    assert "model.safetensors is not a complete safetensors file" in refusal(capsys)
+    assert not out.exists()
+    shutil.copyfile(MINI / "model.safetensors", model / "model.safetensors")
+    assert lfu("train", **options) == 0
 
 
 def test_train_refuses_a_folder_in_use(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -729,12 +773,12 @@ def test_a_full_disk_leaves_no_half_of_a_merged_model(
 def test_merge_looks_for_room_first(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**7, 10**7, 10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     assert lfu("merge", model=MINI, adapter=adapter, out=tmp_path / "merged") == 2
-    assert refusal(capsys) == f"{tmp_path / 'merged'} needs 0.0 GB, but only 0.0 GB are free there."
+    assert re.fullmatch(r"\S+/merged needs \S+ GB, but only \S+ GB are free there\.", refusal(capsys))
     assert not list(tmp_path.iterdir())
 
 
-def test_merge_options_are_what_merge_takes(adapter: Path, tmp_path: Path) -> None:
+def test_merge_from_python(adapter: Path, tmp_path: Path) -> None:
     options = MergeOptions(model=str(MINI), adapter=str(adapter), out=str(tmp_path / "merged"))
     assert cli.merge(options) == tmp_path / "merged"

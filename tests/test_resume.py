@@ -362,5 +362,7 @@ def test_a_damaged_checkpoint_is_refused(
 def test_there_must_be_a_run_to_continue(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert train(out, data, method="sft", resume=True) == 2
-    assert refusal(capsys) == f"{out / 'settings.json'} does not exist."
+    assert (
+        refusal(capsys) == f"{out / 'settings.json'} does not exist: there is no run to continue. Leave out --resume."
+    )
     assert not out.exists()
