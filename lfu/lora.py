@@ -181,27 +181,11 @@ def refuse_unsupported(folder: Path, options: dict) -> None:
 
 
 VARIANTS = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "fan_in_fan_out",
-    "lora_bias",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "layer_replication",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_parameters",
-    "exclude_modules",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "corda_config",
-    "eva_config",
-    "kasa_config",
-    "monteclora_config",
-)
+    "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern",
+    "target_parameters", "exclude_modules", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+    "corda_config", "eva_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
 """Options of PEFT that, when set, make an adapter more than s·B A on every block."""
 
 

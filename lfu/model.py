@@ -332,18 +332,13 @@ def decode(
 
 # --- reading a Hugging Face folder ----------------------------------------------------------------
 
+NORMS = ("input_layernorm", "post_attention_layernorm")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+MLP = ("gate_proj", "up_proj", "down_proj")
 MODULES = {
-    "input_layernorm": "input_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
+    **{field: field for field in NORMS},
+    **{field: f"self_attn.{field}" for field in ATTENTION},
+    **{field: f"mlp.{field}" for field in MLP},
 }
 """Layer field -> the module's name inside `model.layers.{i}`, in Hugging Face and PEFT files alike."""
 

@@ -11,6 +11,7 @@ Gradients are values: `torch.func` returns them, trees of the same shape as what
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -177,34 +178,37 @@ def train(
     function of (seed, epoch) or (seed, step, micro-batch), so a run that continues from a saved task and optimizer is
     the run that was never interrupted. FloatingPointError, before the update, if a loss or gradient is not finite.
     """
-    device = base.embed.device
     steps = total_steps(len(examples), settings)
     for step in range(first, steps):
         epoch, rows = rows_of_step(len(examples), settings, step)
-        micro_batches = split_by_length([examples[row] for row in rows], settings.micro_batch_size)
-        total = sum(example.supervised for micro_batch in micro_batches for example in micro_batch)
-        gradient, metrics = tree_map(torch.zeros_like, task), {}
-        for index, micro_batch in enumerate(micro_batches):
-            part, values = method(
-                config, base, task, collate(micro_batch, device), generator_for(settings, step, index, device)
-            )
-            require_finite(part, values, step, micro_batch)
-            weight = sum(example.supervised for example in micro_batch) / total
-            gradient = tree_map(lambda g, p: g + weight * p, gradient, part)  # noqa: B023
-            metrics = {name: metrics.get(name, 0.0) + weight * float(value) for name, value in values.items()}
-        metrics |= {
-            "gradient_norm": float(global_norm(gradient)),
-            "learning_rate": learning_rate(step, steps, settings),
-        }
-        apply(
-            optimizer, task, clip(gradient, metrics["gradient_norm"], settings.max_grad_norm), metrics["learning_rate"]
-        )
-        yield {
-            "step": step + 1,
-            "epoch": epoch + 1,
-            **metrics,
-            "tokens": sum(len(examples[row].tokens) for row in rows),
-        }
+        chosen = [examples[row] for row in rows]
+        gradient, metrics = step_gradient(config, base, task, chosen, method, settings, step)
+        norm, rate = float(global_norm(gradient)), learning_rate(step, steps, settings)
+        apply(optimizer, task, clip(gradient, norm, settings.max_grad_norm), rate)
+        done = {"step": step + 1, "epoch": epoch + 1, "tokens": sum(len(example.tokens) for example in chosen)}
+        yield {**done, **metrics, "gradient_norm": norm, "learning_rate": rate}
+
+
+def step_gradient(
+    config: Config,
+    base: Params,
+    task: Lora,
+    examples: Sequence[Example],
+    method: Method,
+    settings: Settings,
+    step: int,
+) -> tuple[Lora, dict[str, float]]:
+    """Gradient and metrics of an optimizer step: Σ (n_b / N) · those of micro-batch b, with n_b of its N tokens."""
+    device, total = base.embed.device, sum(example.supervised for example in examples)
+    gradient, metrics = tree_map(torch.zeros_like, task), {}
+    for index, micro_batch in enumerate(split_by_length(examples, settings.micro_batch_size)):
+        generator = generator_for(settings, step, index, device)
+        part, values = method(config, base, task, collate(micro_batch, device), generator)
+        require_finite(part, values, step, micro_batch)
+        weight = sum(example.supervised for example in micro_batch) / total
+        gradient = tree_map(partial(torch.add, alpha=weight), gradient, part)
+        metrics = {name: metrics.get(name, 0.0) + weight * float(value) for name, value in values.items()}
+    return gradient, metrics
 
 
 def total_steps(count: int, settings: Settings) -> int:
