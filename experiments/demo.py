@@ -3,8 +3,8 @@
     make demo
 
 Fine-tunes the miniature model on 96 two-step word problems with each method, through the same functions as the `lfu`
-command, scores it on all four categories of its world, and prints one table. Nothing here knows that the model is
-small.
+command, scores it on the task and on all four categories of its world, and prints one table. Nothing here knows that
+the model is small.
 """
 
 import shutil

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -31,12 +32,12 @@ SCALE, RANK = 2.0, 8
 LAMBDA = 1e12
 
 
-def plain_products() -> patch:
+def plain_products() -> Any:
     """The perturbed pass computed as the clean one is, each rounded on its own."""
     return patch("lfu.train.relative_to", lambda record: model.base_product)
 
 
-def low_stream() -> patch:
+def low_stream() -> Any:
     """Residual stream, norms, adapters and losses in bfloat16 too."""
     return patch("lfu.model.stream_dtype", lambda params: torch.bfloat16)
 

@@ -20,13 +20,12 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from lfu import checkpoint, cli, model
 from lfu.data import Codec, Example, Format, collate, encode_row, load_codec, prompt_ids, read_rows, token_ids
-from lfu.evaluate import Estimate, accuracy, answer_nll, gsm8k_scores
+from lfu.evaluate import Estimate, accuracy, answer_nll, gsm8k_scores, ratio, sum_rows
 from lfu.generate import generate
 from lfu.lora import Adapter
 from lfu.lora import load as load_adapter
@@ -104,8 +103,7 @@ def run_all(paths: Paths, only: list[str] | None) -> None:
 
 
 def run_one(paths: Paths, bench: Bench, name: str) -> None:
-    """One fine-tuning, its answer NLL along the way, and all scores at its end; or just the scores of the base
-    model."""
+    """One fine-tuning with its answer NLL along the way, then all scores; for the base model the scores alone."""
     folder = paths.out / name
     if name == "base":
         score_once(folder / "scores.json", partial(scores, bench, []))
@@ -200,11 +198,8 @@ def drift(bench: Bench, adapters: list[Adapter]) -> Estimate:
     """Mean KL(base ‖ tuned) per answer token, in nats; the standard error is over prompts."""
     ordered = sorted(bench.drift, key=lambda example: len(example.tokens))
     batches = [ordered[start : start + 10] for start in range(0, len(ordered), 10)]
-    sums = np.array([total for batch in batches for total in row_divergences(bench, batch, adapters)])
-    counts = np.array([example.supervised for example in ordered])
-    mean = sums.sum() / counts.sum()
-    error = np.sqrt(((sums - mean * counts) ** 2).sum() * len(counts) / (len(counts) - 1)) / counts.sum()
-    return Estimate(float(mean), float(error), int(counts.sum()))
+    totals = [total for batch in batches for total in row_divergences(bench, batch, adapters)]
+    return ratio(totals, [example.supervised for example in ordered])
 
 
 def row_divergences(bench: Bench, examples: list[Example], adapters: list[Adapter]) -> list[float]:
@@ -216,8 +211,7 @@ def row_divergences(bench: Bench, examples: list[Example], adapters: list[Adapte
         return F.log_softmax(model.unembed(bench.config, bench.base, hidden[mask]), dim=-1)
 
     base, tuned = log_probabilities([]), log_probabilities(adapters)
-    divergences = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
-    return torch.zeros(len(examples)).index_add(0, mask.nonzero()[:, 0], divergences).tolist()
+    return sum_rows(mask, F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1))
 
 
 # --- tables ----------------------------------------------------------------------------------------
@@ -263,6 +257,8 @@ def main() -> None:
     parsed = parser.parse_args()
     if parsed.what == "table":
         print(table(parsed.out))
+    elif None in (parsed.model, parsed.gsm8k, parsed.wikitext):
+        parser.error("run needs --model, --gsm8k and --wikitext")
     else:
         run_all(Paths(parsed.model, parsed.gsm8k, parsed.wikitext, parsed.out), parsed.only)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from lfu import InputError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+OTHER_FORMATS = ["consolidated*", "original/*"]
 
 
 def local_folder(model: str | Path) -> Path:
@@ -34,7 +35,7 @@ def local_folder(model: str | Path) -> Path:
     if folder.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/")):
         raise InputError(f"{model} is neither a folder nor a hub id of the form 'organisation/name'.")
     try:
-        return Path(snapshot_download(str(model), allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(str(model), allow_patterns=MODEL_FILES, ignore_patterns=OTHER_FORMATS))
     except Exception as error:
         # The hub client raises many kinds (network, authentication, not found), all with one remedy.
         raise InputError(
@@ -272,9 +273,9 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], total: int) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """A checksum that tells one model folder from another without reading 16 GB: the configuration, and of each weight
-    file its size and its first and last mebibyte."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    """A checksum that tells one model folder from another without reading 16 GB: the configuration, the tokenizer, and
+    of each weight file its size and its first and last mebibyte."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes() + (folder / "tokenizer.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())

@@ -30,6 +30,7 @@ from lfu import generate as generating
 from lfu import train as training
 from lfu.data import TEMPLATES, Codec, Example, Format, Row, encode_row, encode_rows, load_codec, prompt_ids, read_rows
 from lfu.evaluate import Estimate
+from lfu.loss import NORMS
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -39,10 +40,13 @@ def option(help: str, default: Any = MISSING, **how: Any) -> Any:
     return field(default=default, metadata={"help": help, **how})
 
 
-def numbers(text: str) -> list[int]:
+def block_numbers(text: str) -> list[int]:
     """Block numbers such as "1-11" or "1,4,9-12"."""
-    spans = [part.split("-") for part in text.split(",")]
-    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
+    try:
+        spans = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1-11 or 1,4,9-12") from error
+    return [number for span in spans for number in range(span[0], span[-1] + 1)]
 
 
 # --- train -----------------------------------------------------------------------------------------
@@ -56,8 +60,8 @@ class TrainOptions:
     method: str = option("what to train with", "lfu-lora", choices=list(methods.METHODS))
     alpha: float | None = option("length of the undesirable step (default: the published one of the method)", None)
     lam: float | None = option("weight λ of the consistency loss (default: the published one)", None, flag="--lambda")
-    layers: list[int] | None = option("blocks to compare, such as 1-11 (default: all)", None, type=numbers)
-    norm: str | None = option("mean: mean over features (default); sum: as printed in Eq. 5", None)
+    layers: list[int] | None = option("blocks to compare, such as 1-11 (default: all)", None, type=block_numbers)
+    norm: str | None = option("mean: mean over features (default); sum: as printed in Eq. 5", None, choices=list(NORMS))
     rank: int = option("rank of the LoRA", 8)
     lora_alpha: float = option("scale of the LoRA times its rank", 16.0)
     epochs: int = option("passes over the data", 3)
@@ -103,12 +107,14 @@ def train(options: TrainOptions) -> Path:
     schedule = training.Settings(**{name: getattr(options, name) for name in training.Settings._fields})
     training.require_usable(schedule)
     examples = read_examples(options, folder, config)
-    task = lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
-    settings = resolved(options, folder, chosen)
+    dtype = choose_dtype(options.dtype, folder, device)
+    settings = resolved(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
     require_own(out, settings, options.resume)
 
-    config, base = model.load(folder, dtype=DTYPES.get(options.dtype), device=device)
-    task = tree_map(lambda tensor: tensor.to(device, model.stream_dtype(base)), task)
+    config, base = model.load(folder, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(options.seed)
+    fresh = lora.init(config, options.rank, generator=generator, dtype=model.stream_dtype(base))
+    task = tree_map(partial(Tensor.to, device=device), fresh)
     print_memory(base, task)
     if not options.resume:
         checkpoint.write_json(out / "settings.json", settings)
@@ -144,7 +150,7 @@ def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> 
 
 
 def resolved(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Everything that decides the run's result, for settings.json."""
+    """Everything that decides the run's result, for settings.json and, with the adapter, lfu_config.json."""
     identity = {
         "model_fingerprint": checkpoint.fingerprint(folder),
         "data_sha256": checkpoint.sha256(Path(options.data)),
@@ -219,6 +225,7 @@ def follow(
                 raise KeyboardInterrupt(f"Stopped after step {done} of {last}; continue with --resume.")
     with checkpoint.new_folder(run.out / "adapter") as folder:
         save_adapter(folder, task, run.settings)
+    print(f"Done: {run.out / 'adapter'}")
 
 
 def summary(metrics: dict[str, float]) -> str:
@@ -276,6 +283,20 @@ def restore(folder: Path, config: model.Config, task: lora.Lora, optimizer: torc
 # --- what eval and generate share ------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeakerOptions:
+    model: str = option("model folder or hub id")
+    adapter: str | None = option("adapter folder (default: the model alone)", None)
+    template: str | None = option(
+        "prompt template (default: the adapter's, else alpaca)", None, choices=list(TEMPLATES)
+    )
+    bos: bool | None = option("BOS before the prompt (default: as the adapter was trained)", None)
+    dtype: str | None = option(
+        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
+    )
+    device: str | None = option("cpu, cuda, ... (default: cuda where there is one)", None)
+
+
 class Speaker(NamedTuple):
     """A model, with or without an adapter, that can be asked."""
 
@@ -286,25 +307,45 @@ class Speaker(NamedTuple):
     format: Format
 
 
-def speaker(
-    name: str, adapter: str | None, template: str | None, bos: bool | None, dtype: str | None, device: str | None
-) -> Speaker:
+def speaker(options: SpeakerOptions) -> Speaker:
     """Load what answers. The prompt's format is the adapter's own, unless it is given; without either, `Format()`."""
-    folder = checkpoint.local_folder(name)
+    device, folder = choose_device(options.device), checkpoint.local_folder(options.model)
     config = model.read_config(folder / "config.json")
     codec = load_codec(folder, config.vocab_size)
-    stored = Format()
-    if adapter is not None and (Path(adapter) / "lfu_config.json").is_file():
-        settings = checkpoint.read_json(Path(adapter) / "lfu_config.json")
-        if not {"template", "bos"} <= set(settings):
-            raise InputError(f"{Path(adapter) / 'lfu_config.json'} must name the template and bos of the prompt.")
-        stored = Format(settings["template"], settings["bos"])
-    form = Format(template or stored.template, stored.bos if bos is None else bos)
-    place = choose_device(device)
-    adapters = [lora.load(Path(adapter), config, device=place)] if adapter is not None else []
-    config, base = model.load(folder, dtype=DTYPES.get(dtype), device=place)
-    to_stream = partial(Tensor.to, dtype=model.stream_dtype(base))
-    return Speaker(config, base, [(tree_map(to_stream, tree), scale) for tree, scale in adapters], codec, form)
+    stored = adapter_format(Path(options.adapter), folder) if options.adapter else Format()
+    form = Format(options.template or stored.template, stored.bos if options.bos is None else options.bos)
+    saved = [lora.load(Path(options.adapter), config, device=device)] if options.adapter else []
+    config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)
+    return Speaker(config, base, [in_stream(adapter, base) for adapter in saved], codec, form)
+
+
+def adapter_format(adapter: Path, folder: Path) -> Format:
+    """What the adapter was trained on. InputError if that was another model than the one in `folder`."""
+    path = adapter / "lfu_config.json"
+    if not path.is_file():
+        return Format()
+    settings = checkpoint.read_json(path)
+    if not {"template", "bos", "model_fingerprint"} <= set(settings):
+        raise InputError(f"{path} must name the template, the bos and the model_fingerprint of the training.")
+    if settings["model_fingerprint"] != checkpoint.fingerprint(folder):
+        raise InputError(
+            f"{adapter} was trained on {settings.get('model')}, whose files differ from those of {folder}. If these "
+            f"hold the same weights, remove {path.name} and give the --template."
+        )
+    return Format(settings["template"], settings["bos"])
+
+
+def in_stream(adapter: lora.Adapter, base: model.Params) -> lora.Adapter:
+    """The adapter in the dtype it is computed in."""
+    tree, scale = adapter
+    return tree_map(partial(Tensor.to, dtype=model.stream_dtype(base)), tree), scale
+
+
+def choose_dtype(name: str | None, folder: Path, device: torch.device) -> torch.dtype:
+    """The dtype of this name; by default the file's own on an accelerator and float32 on the CPU."""
+    if name is not None:
+        return DTYPES[name]
+    return torch.float32 if device.type == "cpu" else checkpoint.stored_dtype(folder, "model.embed_tokens.weight")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -319,11 +360,9 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    model: str = option("model folder or hub id")
+class EvalOptions(SpeakerOptions):
     data: str = option("JSONL file of questions and reference answers")
-    adapter: str | None = option("adapter folder (default: the model alone)", None)
-    out: str | None = option("JSONL file for the predictions; must not exist", None)
+    out: str | None = option("JSONL file for the predictions, written as they come; must not exist", None)
     score: str = option("gsm8k: strict and flexible; exact: equal text", "gsm8k", choices=list(evaluating.SCORES))
     prompt: str = option(
         "own: the adapter's template; harness: lm-evaluation-harness' gsm8k", "own", choices=["own", "harness"]
@@ -331,39 +370,24 @@ class EvalOptions:
     shots: int = option("worked examples in the harness prompt", 0)
     shots_data: str | None = option("JSONL file to draw the worked examples from", None)
     seed: int = option("seed of the worked examples", 42)
-    template: str | None = option(
-        "prompt template (default: the adapter's, else alpaca)", None, choices=list(TEMPLATES)
-    )
-    bos: bool | None = option("BOS before the prompt (default: as the adapter was trained)", None)
     generate: bool = option("generate answers and score them", True)
-    nll: bool = option("measure the likelihood of the reference answers", True)
+    nll: bool = option("measure the likelihood of the reference answers, in the template", True)
     max_new_tokens: int = option("longest answer, in tokens", 256)
     batch_size: int = option("rows at a time", 32)
     limit: int | None = option("use only the first rows of the file", None)
     question: str = option("name of the question column", "question")
     answer: str = option("name of the answer column", "answer")
-    dtype: str | None = option(
-        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
-    )
-    device: str | None = option("cpu, cuda, ... (default: cuda where there is one)", None)
 
 
 def evaluate(options: EvalOptions) -> dict[str, Estimate]:
     """Score a model or an adapter; prints and returns each score with its standard error and n."""
-    require_counts(options, "batch_size", "max_new_tokens", "limit")
-    require_counts(options, "shots", least=0)
-    if options.out is not None and Path(options.out).exists():
-        raise InputError(f"{options.out} exists already; predictions are never overwritten. Choose another --out.")
-    if options.prompt == "harness" and options.shots and options.shots_data is None:
-        raise InputError(
-            "Worked examples need a file to be drawn from: give --shots-data, such as GSM8K's train.jsonl."
-        )
+    require_consistent(options)
     columns = {"question": options.question, "answer": options.answer}
     rows = read_rows(options.data, **columns)[: options.limit]
     pool = read_rows(options.shots_data, **columns) if options.shots_data else []
-    if options.shots >= max(len(pool), 1) and options.shots:
+    if options.shots and options.shots >= len(pool):
         raise InputError(f"{options.shots_data} has {len(pool)} rows, too few for {options.shots} worked examples.")
-    who = speaker(options.model, options.adapter, options.template, options.bos, options.dtype, options.device)
+    who = speaker(options)
     results: dict[str, Estimate] = {}
     if options.nll:
         examples = [encode_row(who.codec, who.format, row) for row in rows]
@@ -379,12 +403,32 @@ def evaluate(options: EvalOptions) -> dict[str, Estimate]:
     return results
 
 
+def require_consistent(options: EvalOptions) -> None:
+    """InputError for options that cannot be used, or would be without effect."""
+    require_counts(options, "batch_size", "max_new_tokens", "limit")
+    require_counts(options, "shots", least=0)
+    if not (options.generate or options.nll):
+        raise InputError("--no-generate and --no-nll together leave nothing to do.")
+    if options.out is not None and not options.generate:
+        raise InputError("--out is for predictions; with --no-generate there are none.")
+    if options.out is not None and Path(options.out).exists():
+        raise InputError(f"{options.out} exists already; predictions are never overwritten. Choose another --out.")
+    if options.prompt != "harness" and (options.shots or options.shots_data):
+        raise InputError("Worked examples belong to the harness prompt: add --prompt harness.")
+    if options.shots and options.shots_data is None:
+        raise InputError(
+            "Worked examples need a file to be drawn from: give --shots-data, such as GSM8K's train.jsonl."
+        )
+
+
 def predict(options: EvalOptions, who: Speaker, rows: list[Row], pool: list[Row]) -> list[dict[str, bool]]:
     """Generate and score every row; each prediction is written as soon as its batch is done."""
     score = evaluating.SCORES[options.score]
     if options.prompt == "harness":
         shots = [evaluating.draw_shots(pool, options.shots, options.seed, row) for row in rows]
-        prompts = [evaluating.harness_prompt(who.codec, row, drawn) for row, drawn in zip(rows, shots)]
+        prompts = [
+            evaluating.harness_prompt(who.codec, row, drawn, bos=who.format.bos) for row, drawn in zip(rows, shots)
+        ]
         stop = evaluating.HARNESS_STOPS
     else:
         prompts = [prompt_ids(who.codec, who.format, row.question) for row in rows]
@@ -420,25 +464,15 @@ def described(options: EvalOptions, form: Format, name: str, value: Estimate) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    model: str = option("model folder or hub id")
+class GenerateOptions(SpeakerOptions):
     question: str = option("what to ask")
-    adapter: str | None = option("adapter folder (default: the model alone)", None)
-    template: str | None = option(
-        "prompt template (default: the adapter's, else alpaca)", None, choices=list(TEMPLATES)
-    )
-    bos: bool | None = option("BOS before the prompt (default: as the adapter was trained)", None)
     max_new_tokens: int = option("longest answer, in tokens", 256)
-    dtype: str | None = option(
-        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
-    )
-    device: str | None = option("cpu, cuda, ... (default: cuda where there is one)", None)
 
 
 def generate(options: GenerateOptions) -> str:
     """Answer one question greedily; prints and returns the answer."""
     require_counts(options, "max_new_tokens")
-    who = speaker(options.model, options.adapter, options.template, options.bos, options.dtype, options.device)
+    who = speaker(options)
     prompt = prompt_ids(who.codec, who.format, options.question)
     ((_, completion),) = generating.generate(
         who.config, who.base, who.codec, [prompt], who.adapters,
@@ -467,9 +501,10 @@ def merge(options: MergeOptions) -> Path:
     if out.exists():
         raise InputError(f"{out} exists already; choose another --out.")
     config = model.read_config(source / "config.json")
-    adapter = lora.load(Path(options.adapter), config)
+    adapter_format(Path(options.adapter), source)
+    saved = lora.load(Path(options.adapter), config)
     config, base = model.load(source, dtype=checkpoint.stored_dtype(source, "model.embed_tokens.weight"))
-    adapter = tree_map(partial(Tensor.to, dtype=model.stream_dtype(base)), adapter[0]), adapter[1]
+    adapter = in_stream(saved, base)
     merged = lora.merge(base, adapter)
     checkpoint.write_model(out, source, model.named_tensors(config, merged), model.rope_keys(config))
     tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
@@ -500,6 +535,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, FloatingPointError, OSError) as error:
         print(f"lfu: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"lfu: out of memory: {error} Lower --micro-batch-size (for LfU a setting of the method), --batch-size or "
+            "--max-length.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as interrupt:
         print(f"lfu: {str(interrupt) or 'Interrupted.'}", file=sys.stderr)
         return 130
@@ -513,8 +555,8 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"lfu {__version__}")
     verbs = root.add_subparsers(dest="verb", required=True)
-    for name, (options, function, help) in VERBS.items():
-        verb = verbs.add_parser(name, help=help, description=(function.__doc__ or "").strip())
+    for name, (options, _, help) in VERBS.items():
+        verb = verbs.add_parser(name, help=help, description=f"{help.capitalize()}.", allow_abbrev=False)
         for each in fields(options):
             add_option(verb, each)
     return root

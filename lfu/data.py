@@ -61,7 +61,7 @@ def read_rows(path: str | Path, *, question: str = "question", answer: str = "an
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"The data file {path} does not exist.")
+        raise InputError(f"The data file {path} does not exist, or is not a file.")
     rows = [read_row(path, number, line, question, answer) for number, line in numbered_lines(path)]
     if not rows:
         raise InputError(f"{path} holds no rows.")
@@ -71,13 +71,14 @@ def read_rows(path: str | Path, *, question: str = "question", answer: str = "an
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def read_row(path: Path, number: int, line: str, question: str, answer: str) -> Row:
+    """One line as a Row, or InputError with its number."""
     try:
         fields = json.loads(line)
     except ValueError as error:

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lfu.data import Codec, Example, Row, collate, token_ids
 from lfu.lora import Adapter
-from lfu.loss import predicts
+from lfu.loss import predicts, targets
 from lfu.model import Config, Params, trunk, unembed
 from lfu.model import embed as embed_tokens
 
@@ -82,11 +83,10 @@ def accuracy(hits: Sequence[bool]) -> Estimate:
 HARNESS_STOPS = ("Question:", "</s>", "<|im_end|>")
 
 
-def harness_prompt(codec: Codec, row: Row, shots: Sequence[Row]) -> list[int]:
-    """BOS and the harness' gsm8k prompt: worked examples, then the question, in one piece as the harness tokenises
-    it."""
+def harness_prompt(codec: Codec, row: Row, shots: Sequence[Row], *, bos: bool = True) -> list[int]:
+    """[BOS] and the harness' gsm8k prompt: worked examples, then the question, tokenised in one piece."""
     solved = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in shots)
-    return [*codec.bos, *token_ids(codec, f"{solved}Question: {row.question}\nAnswer:")]
+    return [*(codec.bos if bos else ()), *token_ids(codec, f"{solved}Question: {row.question}\nAnswer:")]
 
 
 def draw_shots(pool: Sequence[Row], count: int, seed: int, row: Row) -> list[Row]:
@@ -114,13 +114,15 @@ def answer_nll(
         for start in range(0, len(ordered), batch_size)
         for total in row_nlls(config, params, ordered[start : start + batch_size], adapters)
     ]
-    counts = torch.tensor([example.supervised for example in ordered], dtype=torch.float64)
-    sums = torch.tensor(totals, dtype=torch.float64)
-    mean, tokens = float(sums.sum() / counts.sum()), int(counts.sum())
-    # Standard error of a ratio of sums, from the rows' deviations from the common mean.
-    rows = len(ordered)
-    error = float((sums - mean * counts).square().sum().sqrt() / tokens * math.sqrt(rows / max(rows - 1, 1)))
-    return Estimate(mean, error, tokens)
+    return ratio(totals, [example.supervised for example in ordered])
+
+
+def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """Σ sums / Σ counts over rows; the standard error is that of a ratio, from the rows' deviations from the mean."""
+    total, n, rows = np.array(sums, dtype=np.float64), np.array(counts), len(counts)
+    mean = total.sum() / n.sum()
+    spread = np.sqrt(((total - mean * n) ** 2).sum() * rows / (rows - 1)) if rows > 1 else math.nan
+    return Estimate(float(mean), float(spread / n.sum()), int(n.sum()))
 
 
 def row_nlls(config: Config, params: Params, examples: Sequence[Example], adapters: Sequence[Adapter]) -> list[float]:
@@ -128,6 +130,11 @@ def row_nlls(config: Config, params: Params, examples: Sequence[Example], adapte
     batch = collate(examples, params.embed.device)
     mask = predicts(batch.labels)
     hidden = trunk(config, params, embed_tokens(params, batch.tokens), adapters)[-1]
-    losses = F.cross_entropy(unembed(config, params, hidden[mask]), batch.labels[:, 1:][mask[:, :-1]], reduction="none")
+    logits = unembed(config, params, hidden[mask])
+    return sum_rows(mask, F.cross_entropy(logits, targets(batch.labels), reduction="none"))
+
+
+def sum_rows(mask: Tensor, values: Tensor) -> list[float]:  # [B,T] bool, [n] -> B
+    """Sums over each row of values that stand at the positions of the mask."""
     rows = mask.nonzero()[:, 0]
-    return torch.zeros(len(examples), dtype=losses.dtype, device=losses.device).index_add(0, rows, losses).tolist()
+    return torch.zeros(len(mask), dtype=values.dtype, device=values.device).index_add(0, rows, values).tolist()

@@ -8,6 +8,7 @@ Files have PEFT's layout and load in `peft` unchanged. Read next: `steering.py`.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LowRank(NamedTuple):
+    """The two factors of one linear layer's low-rank term."""
+
     A: Tensor  # [r, in]
     B: Tensor  # [out, r]
 
@@ -33,8 +36,18 @@ Adapter = tuple[Lora, float]
 """A Lora and its scale."""
 
 
-def init(config: Config, rank: int, *, generator: torch.Generator, targets: tuple[str, ...] = TARGETS) -> Lora:
-    """A fresh adapter, float32, on the generator's device: A ~ U(-1/√in, 1/√in), and B = 0: it changes nothing yet."""
+def init(
+    config: Config,
+    rank: int,
+    *,
+    generator: torch.Generator,
+    targets: tuple[str, ...] = TARGETS,
+    dtype: torch.dtype = torch.float32,
+) -> Lora:
+    """A fresh adapter on the generator's device: A ~ U(-1/√in, 1/√in), drawn in float32, and B = 0: it changes nothing.
+
+    InputError for a rank below 1 and for targets that are no linear layer of a block.
+    """
     if rank < 1:
         raise InputError(f"The rank of a LoRA must be at least 1, not {rank}.")
     unknown = set(targets) - set(TARGETS)
@@ -44,27 +57,25 @@ def init(config: Config, rank: int, *, generator: torch.Generator, targets: tupl
 
     def fresh(out: int, in_: int) -> LowRank:
         A = torch.empty(rank, in_, device=device).uniform_(-1 / math.sqrt(in_), 1 / math.sqrt(in_), generator=generator)
-        return LowRank(A, torch.zeros(out, rank, device=device))
+        return LowRank(A.to(dtype), torch.zeros(out, rank, device=device, dtype=dtype))
 
     return [{name: fresh(*shapes[name]) for name in targets} for _ in range(config.num_hidden_layers)]
 
 
-def stack(first: Adapter, second: Adapter) -> Adapter:
-    """One adapter that acts as the two together: s₁B₁A₁ + s₂B₂A₂ = [s₁B₁ s₂B₂][A₁; A₂], a single pair of products."""
-    (lora1, scale1), (lora2, scale2) = first, second
-    return [stack_layer(layer1, scale1, layer2, scale2) for layer1, layer2 in zip(lora1, lora2, strict=True)], 1.0
+def stack(*adapters: Adapter) -> Adapter:
+    """One adapter that acts as all of them: s₁B₁A₁ + s₂B₂A₂ = [s₁B₁ s₂B₂][A₁; A₂], a single pair of products."""
+    scaled = [
+        [{name: LowRank(A, scale * B) for name, (A, B) in layer.items()} for layer in lora] for lora, scale in adapters
+    ]
+    return [joined(layers) for layers in zip(*scaled, strict=True)], 1.0
 
 
-def stack_layer(
-    layer1: dict[str, LowRank], scale1: float, layer2: dict[str, LowRank], scale2: float
-) -> dict[str, LowRank]:
-    def parts(name: str) -> list[LowRank]:
-        both = ((layer1, scale1), (layer2, scale2))
-        return [LowRank(layer[name].A, scale * layer[name].B) for layer, scale in both if name in layer]
-
-    names = [*layer1, *(name for name in layer2 if name not in layer1)]
+def joined(layers: Sequence[dict[str, LowRank]]) -> dict[str, LowRank]:
+    """The ranks of one block's adapters side by side; a name may be missing from some of them."""
+    pairs = {name: [layer[name] for layer in layers if name in layer] for layer in layers for name in layer}
     return {
-        name: LowRank(*(torch.cat(matrices, dim) for dim, matrices in enumerate(zip(*parts(name))))) for name in names
+        name: LowRank(torch.cat([A for A, _ in both]), torch.cat([B for _, B in both], dim=1))
+        for name, both in pairs.items()
     }
 
 
@@ -132,6 +143,7 @@ def named_lora(lora: Lora) -> dict[str, Tensor]:
 
 
 def peft_name(index: int, name: str, part: str) -> str:
+    """What PEFT calls factor `part` (A or B) of a layer."""
     return f"base_model.model.model.layers.{index}.{MODULES[name]}.lora_{part}.weight"
 
 
@@ -163,6 +175,20 @@ def load(
     return lora, options["lora_alpha"] / (math.sqrt(rank) if options.get("use_rslora") else rank)
 
 
+VARIANTS = (
+    "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern",
+    "target_parameters", "exclude_modules", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+    "corda_config", "eva_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+"""Options of PEFT that, when set, make an adapter more than s·B A on every block."""
+PLAIN = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian"),  # the others also change the base weights
+    **dict.fromkeys(VARIANTS, ()),
+}
+
+
 def refuse_unsupported(folder: Path, options: dict) -> None:
     """InputError unless this is a plain LoRA that PEFT would apply as s·B A everywhere."""
     path = folder / "adapter_config.json"
@@ -171,22 +197,9 @@ def refuse_unsupported(folder: Path, options: dict) -> None:
     for key in ("r", "lora_alpha"):
         if not isinstance(options.get(key), int | float) or options[key] <= 0:
             raise InputError(f"{path}: {key} must be a positive number, not {options.get(key)!r}.")
-    plain = {
-        "bias": ("none",),
-        "init_lora_weights": (True, "gaussian"),
-    }  # other initialisations change the base weights
-    for key in ("bias", "init_lora_weights", *VARIANTS):
-        if options.get(key) and options[key] not in plain.get(key, ()):
+    for key, harmless in PLAIN.items():
+        if options.get(key) and options[key] not in harmless:
             raise InputError(f"{path}: {key} = {options[key]!r} is not supported; only plain LoRA is.")
-
-
-VARIANTS = (
-    "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "modules_to_save",
-    "layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern",
-    "target_parameters", "exclude_modules", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
-    "corda_config", "eva_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-"""Options of PEFT that, when set, make an adapter more than s·B A on every block."""
 
 
 def read_targets(folder: Path, options: dict) -> tuple[str, ...]:

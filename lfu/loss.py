@@ -2,7 +2,8 @@
 
 Both are means over the same positions: those whose next token carries a label. Eqs. 1 and 5 print a mean over the T
 tokens of each example and then over examples; here, as in the published runs, it is one mean over all n tokens of the
-batch, so a long answer weighs more than a short one. Read next: `train.py`.
+batch, so a long answer weighs more than a short one. Errors are InputError, which is a ValueError. Read next:
+`train.py`.
 """
 
 from collections.abc import Collection
@@ -23,15 +24,20 @@ def predicts(labels: Tensor) -> Tensor:  # [B,T] -> [B,T] bool
     return F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
 
 
+def targets(labels: Tensor) -> Tensor:  # [B,T] -> [n]
+    """The labels that are predicted, in the order of `predicts(labels)`."""
+    return labels[:, 1:][labels[:, 1:] != IGNORED]
+
+
 def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [B,T,V], [B,T] -> []
     """Eq. 1: mean negative log-likelihood of the labelled tokens, in nats, in the dtype of the logits.
 
-    ValueError if no token carries a label.
+    InputError if no token carries a label.
     """
     mask = predicts(labels)
     if not mask.any():
         raise InputError("This batch has no token that carries a label, so its loss is not defined.")
-    return F.cross_entropy(logits[mask], labels[:, 1:][mask[:, :-1]])
+    return F.cross_entropy(logits[mask], targets(labels))
 
 
 def consistency_loss(
@@ -45,8 +51,8 @@ def consistency_loss(
     """Eq. 5: mean over the masked positions and the chosen blocks of ‖detach(h) - h'‖².
 
     `layers` are block numbers from 1 to K, None for all. `norm` "sum" is the squared L2 norm as printed; "mean"
-    divides it by D, which is what the published λ belongs to. No gradient flows into `hidden`. ValueError for an
-    unknown block or norm.
+    divides it by D, which is what the published λ belongs to and what Figure 4 calls mean squared error. No gradient
+    flows into `hidden`. InputError for an unknown block or norm.
     """
     require_norm(norm)
     reduce = torch.mean if norm == "mean" else torch.sum
@@ -58,7 +64,7 @@ def consistency_loss(
 
 
 def chosen_layers(layers: Collection[int] | None, count: int) -> list[int]:
-    """The block numbers to compare, in order; ValueError unless they are from 1 to `count`, at least one."""
+    """The block numbers to compare, in order; InputError unless they are from 1 to `count`, at least one."""
     chosen = list(range(1, count + 1)) if layers is None else sorted(set(layers))
     if not chosen or chosen[0] < 1 or chosen[-1] > count:
         raise InputError(f"Consistency layers must be block numbers from 1 to {count}, at least one; not {chosen}.")
@@ -66,6 +72,6 @@ def chosen_layers(layers: Collection[int] | None, count: int) -> list[int]:
 
 
 def require_norm(norm: str) -> None:
-    """ValueError unless `norm` is a reduction of the consistency loss."""
+    """InputError unless `norm` is a reduction of the consistency loss."""
     if norm not in NORMS:
         raise InputError(f"The norm of the consistency loss must be {' or '.join(NORMS)}, not {norm!r}.")

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from lfu import InputError, lora, model, steering
 from lfu.data import Batch
@@ -28,41 +27,26 @@ def sft(
 
 
 def lfu_lora(
-    config: Config,
-    base: Params,
-    task: Lora,
-    batch: Batch,
-    generator: torch.Generator,
-    *,
-    scale: float,
-    alpha: float,
-    lam: float,
-    layers: Collection[int] | None = None,
-    norm: str = "mean",
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
 ) -> tuple[Lora, Metrics]:
-    """Algorithm 1: the undesirable step moves a fresh LoRA of the same rank, scale and targets as the task's."""
-    rank, targets = next(iter(task[0].values())).A.shape[0], tuple(task[0])
-    fresh = lora.init(config, rank, generator=generator, targets=targets)
-    aux = tree_map(lambda tensor: tensor.to(model.stream_dtype(base)), fresh)
-    return lfu_gradient(config, base, task, aux, batch, scale=scale, alpha=alpha, lam=lam, layers=layers, norm=norm)
+    """Algorithm 1: the undesirable step moves a fresh LoRA of the same rank, scale and targets as the task's.
+
+    `how` are the keyword arguments of `lfu_gradient`.
+    """
+    rank, targets, stream = len(next(iter(task[0].values())).A), tuple(task[0]), model.stream_dtype(base)
+    aux = lora.init(config, rank, generator=generator, targets=targets, dtype=stream)
+    return lfu_gradient(config, base, task, aux, batch, **how)
 
 
 def lfu_reps(
-    config: Config,
-    base: Params,
-    task: Lora,
-    batch: Batch,
-    generator: torch.Generator,
-    *,
-    scale: float,
-    alpha: float,
-    lam: float,
-    layers: Collection[int] | None = None,
-    norm: str = "mean",
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
 ) -> tuple[Lora, Metrics]:
-    """Algorithm 2: the undesirable step moves one steering vector per block, at the answer's positions."""
-    aux = steering.zeros(config, device=batch.tokens.device).to(model.stream_dtype(base))
-    return lfu_gradient(config, base, task, aux, batch, scale=scale, alpha=alpha, lam=lam, layers=layers, norm=norm)
+    """Algorithm 2: the undesirable step moves one steering vector per block, at the answer's positions.
+
+    `how` are the keyword arguments of `lfu_gradient`.
+    """
+    aux = steering.zeros(config, device=batch.tokens.device, dtype=model.stream_dtype(base))
+    return lfu_gradient(config, base, task, aux, batch, **how)
 
 
 METHODS = {"sft": sft, "lfu-lora": lfu_lora, "lfu-reps": lfu_reps}
@@ -74,14 +58,23 @@ PUBLISHED: dict[str, dict[str, float]] = {
 """The settings of the paper's appendix A."""
 
 
-def bind(name: str, config: Config, *, scale: float, **given: Any) -> tuple[Method, dict[str, Any]]:
+def bind(
+    name: str,
+    config: Config,
+    *,
+    scale: float,
+    alpha: float | None = None,
+    lam: float | None = None,
+    layers: Collection[int] | None = None,
+    norm: str | None = None,
+) -> tuple[Method, dict[str, Any]]:
     """The method of this name with its hyper-parameters bound, and what they were resolved to.
 
-    `given` may hold alpha, lam, layers and norm; what is None or absent takes the published value. InputError for an
-    unknown name, and for a value the method cannot use.
+    What is None takes the published value. InputError for an unknown name, and for a value the method cannot use.
     """
     if name not in METHODS:
         raise InputError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
+    given = {"alpha": alpha, "lam": lam, "layers": layers, "norm": norm}
     chosen = {key: value for key, value in given.items() if value is not None}
     if name == "sft" and chosen:
         raise InputError(f"The method sft has no {' or '.join(chosen)}; choose an lfu method, or leave it out.")

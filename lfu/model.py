@@ -4,7 +4,7 @@
 
 `block` is the whole architecture. What the method needs enters it at two points only: every linear layer goes through
 `linear`, where LoRA adds its low-rank term, and `trunk` adds the steering vector behind each block, where the
-representation h_l of Eqs. 3 and 4 is taken. Nothing is stored between calls.
+representation h_l of Eqs. 3 and 4 is taken. Parameters are never changed.
 
 Shapes: B batch, T time, D model, H query heads, G key/value heads, h head size, F feed-forward, V vocabulary, K layers,
 r rank. Weights are [out, in], as in the file. The *stream* dtype is float32, or float64 when the weights are float64:
@@ -114,9 +114,14 @@ def stream_dtype(params: Params) -> torch.dtype:
 # --- the forward pass -----------------------------------------------------------------------------
 
 
-def base_product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
+def frozen(x: Tensor, W: Tensor) -> Tensor:  # [...,in], [out,in] -> [...,out]
     """W x in the dtype of W, cast to the dtype of x at once."""
     return F.linear(x.to(W.dtype), W).to(x.dtype)
+
+
+def base_product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
+    """The plain frozen product: it needs neither the layer's number nor its name."""
+    return frozen(x, W)
 
 
 def forward(
@@ -159,9 +164,7 @@ def trunk(
 
 def unembed(config: Config, params: Params, h: Tensor) -> Tensor:  # [...,D] -> [...,V]
     """Final norm and output layer, in the stream dtype."""
-    return base_product(
-        config.num_hidden_layers, "lm_head", rms_norm(h, params.norm, config.rms_norm_eps), params.lm_head
-    )
+    return frozen(rms_norm(h, params.norm, config.rms_norm_eps), params.lm_head)
 
 
 def block(
@@ -193,10 +196,12 @@ def adapted(layer: Layer, index: int, adapters: Sequence["Adapter"], product: Pr
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [...,D] -> [...,D]
+    """x / √(mean x² + eps), times the weight."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:  # [B,T,H*h] -> [B,H,T,h]
+    """The features of each head apart."""
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
@@ -207,7 +212,9 @@ def causal_attention(config: Config, length: int, device: torch.device) -> Atten
     mask = visible(positions, positions, window) if window else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        # Expanded, because CUDA's memory-efficient kernel, the one for float32, does not take grouped heads.
+        k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
     return attend
 

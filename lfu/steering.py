@@ -11,6 +11,8 @@ from torch import Tensor
 from lfu.model import Config
 
 
-def zeros(config: Config, *, device: str | torch.device = "cpu") -> Tensor:  # -> [K, D]
-    """Steering vectors that change nothing yet, float32."""
-    return torch.zeros(config.num_hidden_layers, config.hidden_size, device=device)
+def zeros(
+    config: Config, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:  # -> [K, D]
+    """Steering vectors that change nothing yet."""
+    return torch.zeros(config.num_hidden_layers, config.hidden_size, device=device, dtype=dtype)

@@ -1,12 +1,12 @@
 """Learning from the Undesirable: the step of Algorithms 1 and 2, and the loop around it.
 
-`lfu_gradient` is the paper in one function. The auxiliary component starts as a no-op (B = 0, or d = 0), so θ and
-θ_aux compute the same thing there, and one forward and one backward pass yield both the gradient of the SFT loss (Eq.
-1) and the ascent direction (Eq. 2). One more of each yields the gradient of the consistency loss (Eqs. 3 to 5). Eq. 6
-adds them.
+`lfu_gradient` is the paper in one function. The auxiliary component starts as a no-op (B = 0, or d = 0), so θ and θ_aux
+compute the same thing there: one forward and one backward pass yield both the gradient of the SFT loss, Eq. 1, and the
+ascent direction of Eq. 2. One more of each yields the gradient of the consistency loss, Eqs. 3 to 5. Eq. 6 adds them.
 
-Gradients are values: `torch.func` returns them, trees of the same shape as what they belong to. Read next:
-`methods.py`.
+Gradients are values: `torch.func` returns them as trees of the same shape as what they belong to.
+
+Read next: `methods.py`.
 """
 
 import math
@@ -61,9 +61,10 @@ def lfu_gradient(
 ) -> tuple[Lora, Metrics]:
     """Gradient of the LfU loss (Eq. 6) with respect to the task LoRA, first order as published.
 
-    Returns a tree like `task`, and the metrics "sft", "consistency" and "ascent_norm" (‖g‖₂ before the step).
-    `alpha` is the length of the ascent step, `lam` the weight of the consistency loss; `layers` and `norm` as in
-    `consistency_loss`. ValueError if `aux` is not a no-op, because θ and θ_aux are then no longer the same point.
+    Returns a tree like `task`, and the metrics "sft", "consistency" and "ascent_norm" (‖g‖₂ before the step). `alpha`
+    is the length of the ascent step, `lam` the weight of the consistency loss; `layers` and `norm` as in
+    `consistency_loss`. InputError, a ValueError, if `aux` is not a no-op, because θ and θ_aux are then no longer the
+    same point.
     """
     require_no_op(aux)
     require_not_negative(alpha=alpha, lam=lam)
@@ -79,7 +80,7 @@ def lfu_gradient(
         logits, hidden = forward(config, base, batch.tokens, *with_aux(task, aux), recording(record))
         return sft_loss(logits, batch.labels), (hidden, record)
 
-    def consistency(task: Lora) -> tuple[Tensor, Any]:  # Eqs. 3-5, at the undesirable aux; no logits
+    def consistency(task: Lora) -> tuple[Tensor, Any]:  # Eqs. 3-5; called below, once undesirable, hidden, record exist
         x = embed(base, batch.tokens)
         perturbed = trunk(config, base, x, *with_aux(task, undesirable), relative_to(record))
         return consistency_loss(hidden, perturbed, mask, layers=layers, norm=norm), ()
@@ -116,21 +117,17 @@ def global_norm(tree: Any) -> Tensor:
 
 
 def require_no_op(aux: Aux) -> None:
-    """ValueError unless every B (or every steering vector) is zero."""
+    """InputError unless every B (or every steering vector) is zero."""
     decisive = [aux] if isinstance(aux, Tensor) else [pair.B for layer in aux for pair in layer.values()]
-    if any_nonzero(decisive):
+    if torch.stack([tensor.any() for tensor in decisive]).any():
         part = "steering vector" if isinstance(aux, Tensor) else "B"
         raise InputError(
             f"The auxiliary component must start as a no-op, but some {part} is not zero: pass a fresh one."
         )
 
 
-def any_nonzero(tensors: list[Tensor]) -> bool:
-    return bool(torch.stack([tensor.any() for tensor in tensors]).any())
-
-
 def require_not_negative(**values: float) -> None:
-    """ValueError unless each value is finite and at least 0."""
+    """InputError unless each value is finite and at least 0."""
     for name, value in values.items():
         if not 0 <= value < math.inf:
             raise InputError(f"{name} must be at least 0 and finite, not {value}.")
@@ -153,11 +150,13 @@ class Settings(NamedTuple):
 
 
 def require_usable(settings: Settings) -> None:
-    """ValueError for settings that no run can have."""
+    """InputError for settings that no run can have."""
     for name in ("epochs", "batch_size", "micro_batch_size", "max_grad_norm"):
         if not getattr(settings, name) > 0:
             raise InputError(f"{name} must be more than 0, not {getattr(settings, name)}.")
-    require_not_negative(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, seed=settings.seed)
+    require_not_negative(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
+    if not 0 <= settings.seed < 2**64:
+        raise InputError(f"seed must be from 0 to 2**64 - 1, not {settings.seed}.")
     if not 0 <= settings.warmup <= 1:
         raise InputError(f"warmup is a share of the steps, from 0 to 1, not {settings.warmup}.")
 
@@ -174,10 +173,14 @@ def train(
 ) -> Iterator[dict[str, float]]:
     """Algorithms 1 and 2, from step `first` to the last: after each optimizer step, yields that step's metrics.
 
+    These are step and epoch (from 1), tokens (prompts included), sft (nats per token), gradient_norm (before clipping),
+    learning_rate, and what else the method reports: for LfU, consistency and ascent_norm.
+
     `optimizer` holds the tensors of `task` (see `adamw`) and updates them in place. Everything drawn at random is a
     function of (seed, epoch) or (seed, step, micro-batch), so a run that continues from a saved task and optimizer is
     the run that was never interrupted. FloatingPointError, before the update, if a loss or gradient is not finite.
     """
+    require_usable(settings)
     steps = total_steps(len(examples), settings)
     for step in range(first, steps):
         epoch, rows = rows_of_step(len(examples), settings, step)

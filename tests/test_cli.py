@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import LENGTH, random_lora, random_tokens, tiny_config
 from torch import Tensor
 
@@ -158,7 +158,9 @@ def test_values_arrive_in_their_types() -> None:
     [
         (["train", "--method", "dpo"], "argument --method: invalid choice: 'dpo'.*lfu-reps"),
         (["train", "--template", "chatml"], "argument --template: invalid choice: 'chatml'.*alpaca"),
-        (["train", "--layers", "all"], "argument --layers: invalid numbers value: 'all'"),
+        (["train", "--layers", "all"], "argument --layers: 'all' is not of the form 1-11"),
+        (["train", "--norm", "l1"], "argument --norm: invalid choice: 'l1'.*mean"),
+        (["train", "--model", "m", "--data", "d", "--out", "o", "--lam", "4"], "unrecognized arguments: --lam 4"),
         (["train", "--rank", "8.5"], "argument --rank: invalid int value"),
         (["eval", "--score", "f1"], "argument --score: invalid choice: 'f1'"),
         (["generate", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
@@ -504,7 +506,6 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
         ({"layers": "0-2"}, "Consistency layers must be block numbers from 1 to 4"),
         ({"alpha": -1}, "alpha must be at least 0 and finite, not -1.0"),
         ({"lambda": -1}, "lam must be at least 0 and finite, not -1.0"),
-        ({"norm": "l1"}, "norm of the consistency loss must be mean or sum, not 'l1'"),
         ({"method": "sft", "alpha": 0.1}, "The method sft has no alpha"),
         ({"method": "sft", "lambda": 1, "layers": "1"}, "The method sft has no lam or layers"),
         ({"epochs": 0}, "epochs must be more than 0, not 0"),
@@ -621,6 +622,48 @@ def test_an_adapter_of_another_model_is_refused(
     assert lfu(verb, model=MINI, adapter=tiny[1], out=out, **own) == 2
     assert re.search(r"lacks 14 tensors that its configuration implies: \S+layers\.3\.", refusal(capsys))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate", "merge"])
+def test_an_adapter_of_other_weights_is_refused(
+    verb: str, adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sibling of the same shape, such as the instruction-tuned model, would run and answer nonsense."""
+    sibling = tmp_path / "sibling"
+    shutil.copytree(MINI, sibling, ignore=shutil.ignore_patterns("*.jsonl"))
+    tensors = load_file(sibling / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": 2 * tensors["model.norm.weight"]}, sibling / "model.safetensors")
+    own = {"eval": {"data": data}, "generate": {"question": QUESTION}, "merge": {"out": tmp_path / "out"}}[verb]
+    assert lfu(verb, model=sibling, adapter=adapter, **own) == 2
+    assert re.search(r"was trained on .*mini, whose files differ from those of .*sibling", refusal(capsys))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"nll": False, "generate": False}, "--no-generate and --no-nll together leave nothing to do"),
+        ({"generate": False, "out": "p.jsonl"}, "--out is for predictions; with --no-generate there are none"),
+        ({"shots": 2}, "Worked examples belong to the harness prompt"),
+        ({"shots": 2, "prompt": "harness"}, "Worked examples need a file to be drawn from"),
+    ],
+)
+def test_eval_refuses_options_without_effect(
+    data: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lfu("eval", **{"model": MINI, "data": data} | changes) == 2
+    assert refusal(capsys).startswith(sentence)
+
+
+def test_out_of_memory_says_what_to_lower(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*given: Any, **named: Any) -> None:
+        raise torch.OutOfMemoryError("no room.")
+
+    monkeypatch.setattr(methods, "sft_gradient", full)
+    assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method="sft") == 2
+    assert "out of memory: no room. Lower --micro-batch-size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["eval", "merge"])

@@ -334,7 +334,7 @@ def test_a_continued_run_is_the_run_that_was_never_interrupted(name: str) -> Non
 @pytest.mark.parametrize("name", METHODS)
 def test_all_methods_have_one_signature(name: str) -> None:
     parameters = inspect.signature(METHODS[name]).parameters.values()
-    positional = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     assert positional == ["config", "base", "task", "batch", "generator"]
     method, task = bind(name, CONFIG, scale=2.0)[0], new_task()
     gradient, metrics = method(CONFIG, base(), task, collate(rows(3)), torch.Generator().manual_seed(0))
@@ -422,7 +422,7 @@ def test_methods_that_do_not_exist_or_mean_nothing_are_refused(name: str, given:
         ({"learning_rate": -1e-4}, "learning_rate must be at least 0"),
         ({"learning_rate": math.nan}, "learning_rate must be at least 0"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": -1}, "seed must be from 0"),
         ({"warmup": 1.5}, "warmup is a share"),
         ({"warmup": -0.1}, "warmup is a share"),
     ],
