@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lfu import InputError
-from lfu.checkpoint import local_folder, read_json, read_tensors
+from lfu.checkpoint import local_folder, read_settings, read_tensors
 
 if TYPE_CHECKING:
     from lfu.lora import Adapter
@@ -373,6 +373,13 @@ def load(
     return config, assemble(config, converted)
 
 
+def read_config(path: Path) -> Config:
+    """config.json -> Config; InputError for what this decoder cannot compute (see `checkpoint.read_settings`)."""
+    settings = read_settings(path)
+    scaling = settings.pop("rope_scaling")
+    return Config(**settings, rope_scaling=Llama3Scaling(**scaling) if scaling else None)
+
+
 def assemble(config: Config, tensors: dict[str, Tensor]) -> Params:
     """Hugging Face names -> Params."""
     layers = [
@@ -422,122 +429,6 @@ def check_tied(folder: Path, config: Config, tensors: dict[str, Tensor]) -> None
             f"{folder}: config.json ties lm_head.weight to model.embed_tokens.weight, but the file holds two different "
             "tensors. Set tie_word_embeddings to false if both are meant."
         )
-
-
-# --- config.json, as transformers 4 and 5 write it ------------------------------------------------
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-
-
-def read_config(path: Path) -> Config:
-    """config.json -> Config. Keys that do not shape the computation are ignored; values that this decoder cannot
-    compute (biases, other activations, other rope types, quantisation) raise InputError with the key and the
-    value."""
-    raw = read_json(path)
-    kind = str(raw.get("model_type"))
-    if kind not in ARCHITECTURES or raw.get("architectures") not in (None, [ARCHITECTURES[kind]]):
-        given = f"model_type {raw.get('model_type')!r} with architectures {raw.get('architectures')!r}"
-        known = ", ".join(f"{name} ({architecture})" for name, architecture in ARCHITECTURES.items())
-        raise InputError(f"{path}: {given} is not supported; these are: {known}.")
-    refuse_unsupported(path, raw)
-    hidden_size, heads = positive(path, raw, "hidden_size"), positive(path, raw, "num_attention_heads")
-    theta, scaling = read_rope(path, raw)
-    config = Config(
-        model_type=kind,
-        vocab_size=positive(path, raw, "vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=positive(path, raw, "intermediate_size"),
-        num_hidden_layers=positive(path, raw, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=positive(path, raw, "num_key_value_heads", heads),
-        head_dim=positive(path, raw, "head_dim", 128 if kind == "qwen3" else hidden_size // heads),
-        rms_norm_eps=positive(path, raw, "rms_norm_eps", kind=float),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        sliding_window=read_window(path, raw),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-    )
-    require_divisible(path, raw, config)
-    return config
-
-
-def positive(path: Path, raw: dict, key: str, default: float | None = None, kind: type = int) -> Any:
-    """A positive number of this kind; null or an absent key mean the default, if there is one."""
-    value = default if raw.get(key) is None else raw[key]
-    accepted = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, accepted) or not value > 0:
-        raise InputError(
-            f"{path}: {key} must be a positive {'integer' if kind is int else 'number'}, not {raw.get(key)!r}."
-        )
-    return kind(value)
-
-
-def refuse_unsupported(path: Path, raw: dict) -> None:
-    """InputError for settings that change the computation in ways this decoder does not know."""
-    accepted = {
-        "hidden_act": ("silu", None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "use_sliding_window": (False, None),
-        "quantization_config": (None,),
-    }
-    for key, values in accepted.items():
-        if raw.get(key) not in values:
-            raise InputError(f"{path}: {key} = {raw[key]!r} is not supported.")
-    kinds = set(raw.get("layer_types") or ["full_attention"])
-    if raw["model_type"] != "mistral" and kinds != {"full_attention"}:
-        raise InputError(f"{path}: layer_types {sorted(kinds)} are not supported; every layer must be full_attention.")
-
-
-def require_divisible(path: Path, raw: dict, config: Config) -> None:
-    """InputError for heads that do not divide what they share."""
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise InputError(
-            f"{path}: {config.num_attention_heads} attention heads cannot share {config.num_key_value_heads} key/value "
-            "heads evenly (num_attention_heads, num_key_value_heads)."
-        )
-    if raw.get("head_dim") is None and config.model_type != "qwen3" and config.hidden_size % config.num_attention_heads:
-        raise InputError(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads.")
-    if config.head_dim % 2:
-        raise InputError(f"{path}: head_dim must be even for rotary embedding, not {config.head_dim}.")
-
-
-def read_window(path: Path, raw: dict) -> int | None:
-    """Mistral's window: 4096 where the key is absent, none where it is null. Other families have none."""
-    if raw["model_type"] != "mistral" or raw.get("sliding_window", 4096) is None:
-        return None
-    return positive(path, raw, "sliding_window", 4096)
-
-
-def read_rope(path: Path, raw: dict) -> tuple[float, Llama3Scaling | None]:
-    """Base and scaling of the rotary embedding, from `rope_theta` and `rope_scaling` (transformers 4),
-    `rope_parameters` (5), or both where they agree."""
-    blocks = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
-    scalings = {read_scaling(path, key, block) for key, block in blocks.items()}
-    holders = [raw, *blocks.values()]
-    thetas = {positive(path, each, "rope_theta", kind=float) for each in holders if each.get("rope_theta") is not None}
-    if len(scalings) > 1 or len(thetas) > 1:
-        raise InputError(
-            f"{path}: rope_theta, rope_scaling and rope_parameters disagree. Keep one, or make them equal."
-        )
-    return thetas.pop() if thetas else 10000.0, scalings.pop() if scalings else None
-
-
-def read_scaling(path: Path, key: str, block: Any) -> Llama3Scaling | None:
-    """One block of rotary settings; only the types `default` and `llama3` are known."""
-    if not isinstance(block, dict):
-        raise InputError(f"{path}: {key} must be an object, not {block!r}.")
-    kind = block.get("rope_type") or block.get("type") or "default"
-    if kind not in ("default", "llama3"):
-        raise InputError(f"{path}: {key} has rope type {kind!r}; supported are 'default' and 'llama3'.")
-    unknown = set(block) - {"rope_type", "type", "rope_theta", *Llama3Scaling._fields}
-    if unknown:
-        raise InputError(f"{path}: {key} has keys that are not known here: {', '.join(sorted(unknown))}.")
-    if kind == "default":
-        return None
-    *factors, original = Llama3Scaling._fields
-    numbers = [positive(path, block, name, kind=float) for name in factors]
-    return Llama3Scaling(*numbers, positive(path, block, original))
 
 
 def rope_keys(config: Config) -> dict[str, Any]:
