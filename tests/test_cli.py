@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import LENGTH, random_lora, random_tokens, tiny_config
+from tiny import LENGTH, random_lora, random_tokens, refusal, tiny_config
 from torch import Tensor
 
 from lfu import __version__, checkpoint, cli, lora, methods
@@ -490,13 +490,6 @@ def test_eval_limit_and_columns(tmp_path: Path) -> None:
 
 
 # --- refused --------------------------------------------------------------------------------------
-
-
-def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence that was printed."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lfu: ")]
-    assert len(lines) == 1
-    return lines[0].removeprefix("lfu: ")
 
 
 @pytest.mark.parametrize(

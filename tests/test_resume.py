@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import refusal
 
 from lfu import checkpoint, cli, methods
 
@@ -289,12 +290,6 @@ def test_ctrl_c_in_the_last_step_loses_nothing(
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lfu: ")]
-    assert len(lines) == 1
-    return lines[0].removeprefix("lfu: ")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ heads than query heads wherever the real model has fewer.
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -135,3 +136,10 @@ def reference_config(config: Config) -> Any:
         del options["sliding_window"]
     classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
     return classes[config.model_type](**options, bos_token_id=1, eos_token_id=2)
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence that was printed."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lfu: ")]
+    assert len(lines) == 1
+    return lines[0].removeprefix("lfu: ")
