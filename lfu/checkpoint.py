@@ -253,6 +253,12 @@ def open_safetensors(file: Path, device: str | torch.device = "cpu"):
         ) from error
 
 
+def read_all_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, in memory of its own."""
+    opened = open_safetensors(file, device)
+    return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118, the file is not a dict
+
+
 def check_tensor(name: str, file: Path, opened, shape: tuple[int, ...]) -> None:
     """InputError unless the stored tensor has this shape and a floating-point type."""
     stored = opened.get_slice(name)
@@ -439,10 +445,9 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
                 "from the checkpoint before it, or from the start."
             )
     moments: dict[int, dict[str, Tensor]] = {}
-    opened = open_safetensors(folder / "optimizer.safetensors")
-    for key in opened.keys():  # noqa: SIM118, the file is not a dict
+    for key, value in read_all_tensors(folder / "optimizer.safetensors").items():
         index, name = key.split(".")
-        moments.setdefault(int(index), {})[name] = opened.get_tensor(key)
+        moments.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     return state["step"]
 

@@ -100,13 +100,13 @@ def train(options: TrainOptions) -> Path:
     device = choose_device(options.device)
     out, folder = Path(options.out), checkpoint.local_folder(options.model)
     config = model.read_config(folder / "config.json")
-    method, chosen = methods.bind(
-        options.method, config, scale=options.lora_alpha / options.rank,
-        alpha=options.alpha, lam=options.lam, layers=options.layers, norm=options.norm,
-    )  # fmt: skip
     schedule = training.Settings(**{name: getattr(options, name) for name in training.Settings._fields})
     training.require_usable(schedule)
     examples = read_examples(options, folder, config)
+    method, chosen = methods.bind(
+        options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
+        alpha=options.alpha, lam=options.lam, layers=options.layers, norm=options.norm,
+    )  # fmt: skip
     dtype = choose_dtype(options.dtype, folder, device)
     settings = resolved(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
     require_own(out, settings, options.resume)
@@ -120,9 +120,10 @@ def train(options: TrainOptions) -> Path:
         checkpoint.write_json(out / "settings.json", settings)
     optimizer, first = training.adamw(task, schedule), 0
     if saved := checkpoint.checkpoints(out):
-        first = restore(saved[-1], config, task, optimizer)
+        first = restore(saved[-1], config, task, optimizer, methods.state_of(method))
         print(f"Resuming after step {first}.")
-    run = Run(out, settings, options.save_every or training.steps_per_epoch(len(examples), schedule), options.keep)
+    save_every = options.save_every or training.steps_per_epoch(len(examples), schedule)
+    run = Run(out, settings, save_every, options.keep, methods.state_of(method))
     steps = training.train(config, base, task, optimizer, examples, method, schedule, first)
     follow(run, steps, task, optimizer, first, training.total_steps(len(examples), schedule))
     return out / "adapter"
@@ -190,12 +191,13 @@ def print_memory(base: model.Params, task: lora.Lora) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run is kept, and how often."""
+    """Where a run is kept, and how often; and what its method carries along."""
 
     out: Path
     settings: dict[str, Any]
     save_every: int
     keep: int
+    state: dict[str, Tensor]
 
 
 def follow(
@@ -257,10 +259,15 @@ def interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+METHOD_STATE = "method.safetensors"
+
+
 def save(run: Run, task: lora.Lora, optimizer: torch.optim.Optimizer, step: int) -> None:
     """A complete checkpoint, itself an adapter folder; then the oldest are removed."""
     with checkpoint.new_folder(run.out / "checkpoints" / f"step-{step}") as folder:
         save_adapter(folder, task, run.settings)
+        if run.state:
+            checkpoint.write_tensors(folder / METHOD_STATE, run.state)
         checkpoint.save_optimizer(folder, optimizer, step)
     checkpoint.keep_last(run.out, run.keep)
 
@@ -271,9 +278,17 @@ def save_adapter(folder: Path, task: lora.Lora, settings: dict[str, Any]) -> Non
     checkpoint.write_json(folder / "lfu_config.json", settings)
 
 
-def restore(folder: Path, config: model.Config, task: lora.Lora, optimizer: torch.optim.Optimizer) -> int:
-    """Copy a checkpoint into the task and its optimizer; returns the steps done."""
+def restore(
+    folder: Path,
+    config: model.Config,
+    task: lora.Lora,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Tensor],
+) -> int:
+    """Copy a checkpoint into the task, its optimizer and the method's state; returns the steps done."""
     step = checkpoint.load_optimizer(folder, optimizer)
+    if (folder / METHOD_STATE).is_file():
+        state |= checkpoint.read_all_tensors(folder / METHOD_STATE, tree_leaves(task)[0].device)
     saved, _ = lora.load(folder, config, dtype=tree_leaves(task)[0].dtype)
     for tensor, value in zip(tree_leaves(task), tree_leaves(saved), strict=True):
         tensor.copy_(value)

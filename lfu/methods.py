@@ -5,18 +5,21 @@ keyword arguments, bound with `functools.partial`. A new method is a new functio
 Read next: `data.py`.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lfu import InputError, lora, model, steering
-from lfu.data import Batch
+from lfu.data import Batch, Example
 from lfu.lora import Lora
 from lfu.loss import chosen_layers, require_norm
 from lfu.model import Config, Params
-from lfu.train import Method, Metrics, lfu_gradient, require_not_negative, sft_gradient
+from lfu.released import released_lora, released_reps, require_rows
+from lfu.train import Method, Metrics, Settings, lfu_gradient, require_not_negative, sft_gradient
 
 
 def sft(
@@ -49,11 +52,19 @@ def lfu_reps(
     return lfu_gradient(config, base, task, aux, batch, **how)
 
 
-METHODS = {"sft": sft, "lfu-lora": lfu_lora, "lfu-reps": lfu_reps}
+METHODS = {
+    "sft": sft,
+    "lfu-lora": lfu_lora,
+    "lfu-reps": lfu_reps,
+    "released-lora": released_lora,
+    "released-reps": released_reps,
+}
 PUBLISHED: dict[str, dict[str, float]] = {
     "sft": {},
     "lfu-lora": {"alpha": 0.1, "lam": 5.0},  # for Llama-3.1-8B-Instruct: alpha 0.001, lam 500
     "lfu-reps": {"alpha": 0.1, "lam": 0.1},
+    "released-lora": {"alpha": 0.1, "lam": 5.0},
+    "released-reps": {"alpha": 0.1, "lam": 0.1},
 }
 """The settings of the paper's appendix A."""
 
@@ -67,20 +78,51 @@ def bind(
     lam: float | None = None,
     layers: Collection[int] | None = None,
     norm: str | None = None,
+    examples: Sequence[Example] = (),
+    settings: Settings | None = None,
 ) -> tuple[Method, dict[str, Any]]:
     """The method of this name with its hyper-parameters bound, and what they were resolved to.
 
-    What is None takes the published value. InputError for an unknown name, and for a value the method cannot use.
+    What is None takes the published value. The released variants need to know the run: its `examples`, from which they
+    draw second batches, and its `settings`. InputError for an unknown name, and for a value the method cannot use.
     """
     if name not in METHODS:
         raise InputError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
     given = {"alpha": alpha, "lam": lam, "layers": layers, "norm": norm}
     chosen = {key: value for key, value in given.items() if value is not None}
-    if name == "sft" and chosen:
-        raise InputError(f"The method sft has no {' or '.join(chosen)}; choose an lfu method, or leave it out.")
+    usable = {"sft": set(), "lfu": set(given), "released": {"alpha", "lam"}}[family(name)]
+    if surplus := [key for key in chosen if key not in usable]:
+        raise InputError(f"The method {name} has no {' or '.join(surplus)}; choose an lfu method, or leave it out.")
     resolved = PUBLISHED[name] | chosen
-    if name != "sft":
+    if "alpha" in usable:
         require_not_negative(alpha=resolved["alpha"], lam=resolved["lam"])
+    if "layers" in usable:
         require_norm(resolved.setdefault("norm", "mean"))
         resolved["layers"] = chosen_layers(resolved.get("layers"), config.num_hidden_layers)
-    return partial(METHODS[name], scale=scale, **resolved), resolved
+    run = surroundings(name, examples, settings or Settings())
+    return partial(METHODS[name], scale=scale, **resolved, **run), resolved
+
+
+def family(name: str) -> str:
+    """sft, lfu or released."""
+    return name.split("-")[0]
+
+
+def surroundings(name: str, examples: Sequence[Example], settings: Settings) -> dict[str, Any]:
+    """What the released variants know of the run they are in."""
+    if family(name) != "released":
+        return {}
+    require_rows(name, examples)
+    if name == "released-lora":
+        return {"examples": examples}
+    micro_batches = math.ceil(settings.batch_size / settings.micro_batch_size)
+    run = {"learning_rate": settings.learning_rate, "micro_batches": micro_batches}
+    return {"examples": examples, **run, "state": {}}
+
+
+def state_of(method: Method) -> dict[str, Tensor]:
+    """What a bound method carries from one micro-batch to the next, for the checkpoint: nothing, but for released-reps.
+
+    It is filled and updated in place; whoever continues a run puts the saved tensors back into it.
+    """
+    return method.keywords.get("state", {})

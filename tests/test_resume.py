@@ -22,7 +22,7 @@ from tiny import refusal
 from lfu import checkpoint, cli, methods
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
-METHODS = ("sft", "lfu-lora", "lfu-reps")
+METHODS = tuple(methods.METHODS)
 SHORT: dict[str, Any] = {"model": MINI, "template": "plain", "rank": 2, "learning_rate": 0.01, "batch_size": 4}
 STEPS = 10
 """20 rows in batches of 4, two epochs: the second begins behind step 5."""
@@ -74,8 +74,14 @@ def timeless(run: Path) -> list[dict[str, float]]:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    """What is trained, and where there is one, the optimizer."""
+    """What is trained, and where there are such, what the optimizer and the method keep."""
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+def kept(method: str) -> set[str]:
+    """The tensor files of a checkpoint; only one method has something of its own to keep."""
+    names = ["adapter_model", "optimizer", *(["method"] if method == "released-reps" else [])]
+    return {f"{name}.safetensors" for name in names}
 
 
 def assert_same(run: Path, reference: Path) -> None:
@@ -83,7 +89,7 @@ def assert_same(run: Path, reference: Path) -> None:
     assert weights(run / "adapter") == weights(reference / "adapter")
     last, expected = (checkpoint.checkpoints(each)[-1] for each in (run, reference))
     assert last.name == expected.name
-    assert weights(last).keys() == {"adapter_model.safetensors", "optimizer.safetensors"}
+    assert weights(last).keys() == kept(json.loads((run / "settings.json").read_text())["method"])
     assert weights(last) == weights(expected)
 
 
@@ -132,7 +138,7 @@ def test_every_step_changes_all_that_is_compared(method: str, unbroken: Callable
     assert len(steps) == STEPS
     for before, after in pairwise(steps):
         changed = {name for name in weights(before) if weights(before)[name] != weights(after)[name]}
-        assert changed == {"adapter_model.safetensors", "optimizer.safetensors"}
+        assert changed == kept(method)
     assert len({line["sft"] for line in log(unbroken(method))}) == STEPS
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lfu import lora, methods
 from lfu.data import Batch, Example, collate, shuffled
 from lfu.lora import Lora
-from lfu.methods import METHODS, PUBLISHED, bind
+from lfu.methods import METHODS, PUBLISHED, bind, state_of
 from lfu.model import Config, Params
 from lfu.train import (
     Method,
@@ -105,7 +105,9 @@ def test_the_defaults_are_the_published_settings() -> None:
     )
     group = adamw(new_task(), Settings()).param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.0)
-    assert PUBLISHED == {"sft": {}, "lfu-lora": {"alpha": 0.1, "lam": 5.0}, "lfu-reps": {"alpha": 0.1, "lam": 0.1}}
+    assert PUBLISHED["sft"] == {}
+    assert PUBLISHED["lfu-lora"] == PUBLISHED["released-lora"] == {"alpha": 0.1, "lam": 5.0}
+    assert PUBLISHED["lfu-reps"] == PUBLISHED["released-reps"] == {"alpha": 0.1, "lam": 0.1}
 
 
 def test_the_schedule_of_the_published_gsm8k_run() -> None:
@@ -304,25 +306,30 @@ def test_what_a_micro_batch_draws_depends_on_seed_step_and_index_alone() -> None
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_continued_run_is_the_run_that_was_never_interrupted(name: str) -> None:
-    """Ten steps in one go, and five, then five more from copies of the task and of the optimizer's state: bit-equal."""
+    """Ten steps in one go, and five, then five more from copies of the task and of what else is kept: bit-equal."""
     settings = Settings(epochs=2, batch_size=4, micro_batch_size=2, learning_rate=1e-2)
-    examples, method = rows(20), bind(name, CONFIG, scale=2.0)[0]
+    examples = rows(20)
 
-    def start(task: Lora, first: int = 0) -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = adamw(task, settings)
-        return optimizer, train(CONFIG, base(torch.float32), task, optimizer, examples, method, settings, first)
+    def start(task: Lora, first: int = 0, **carried: Tensor) -> tuple[torch.optim.Optimizer, Any, Any]:
+        optimizer, method = (
+            adamw(task, settings),
+            bind(name, CONFIG, scale=2.0, examples=examples, settings=settings)[0],
+        )
+        state_of(method).update(carried)
+        run = train(CONFIG, base(torch.float32), task, optimizer, examples, method, settings, first)
+        return optimizer, run, method
 
     whole = new_task(torch.float32)
     log = list(start(whole)[1])
     assert len(log) == 10
 
     half = new_task(torch.float32)
-    optimizer, run = start(half)
+    optimizer, run, method = start(half)
     first_half = list(islice(run, 5))
     saved_task, saved_state = tree_map(Tensor.clone, half), copy.deepcopy(optimizer.state_dict())
     assert not torch.equal(flat(half), flat(whole))
 
-    optimizer, run = start(saved_task, first=5)
+    optimizer, run, _ = start(saved_task, first=5, **state_of(method))
     optimizer.load_state_dict(saved_state)
     assert first_half + list(run) == log
     assert torch.equal(flat(saved_task), flat(whole))
@@ -336,7 +343,7 @@ def test_all_methods_have_one_signature(name: str) -> None:
     parameters = inspect.signature(METHODS[name]).parameters.values()
     positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     assert positional == ["config", "base", "task", "batch", "generator"]
-    method, task = bind(name, CONFIG, scale=2.0)[0], new_task()
+    method, task = bind(name, CONFIG, scale=2.0, examples=rows(5))[0], new_task()
     gradient, metrics = method(CONFIG, base(), task, collate(rows(3)), torch.Generator().manual_seed(0))
     assert [list(layer) for layer in gradient] == [list(layer) for layer in task]
     assert [g.shape for g in tree_leaves(gradient)] == [t.shape for t in tree_leaves(task)]
@@ -401,6 +408,8 @@ def test_bind_says_what_the_settings_were_resolved_to() -> None:
     [
         ("lfu", {}, "no method 'lfu'; there are sft, lfu-lora, lfu-reps"),
         ("sft", {"alpha": 0.1}, "sft has no alpha"),
+        ("released-lora", {"norm": "sum", "layers": [1]}, "released-lora has no layers or norm"),
+        ("released-reps", {}, "released-reps draws a second batch .*: give bind the examples"),
         ("lfu-lora", {"alpha": -0.1}, "alpha must be at least 0"),
         ("lfu-reps", {"lam": -0.1}, "lam must be at least 0"),
         ("lfu-reps", {"norm": "max"}, "'max'"),
