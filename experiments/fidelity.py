@@ -1,9 +1,11 @@
-"""How right is the consistency gradient in low precision? Cosine and norm ratio against float64, per published setting.
+"""How right are the gradients in low precision? Cosine and norm ratio against float64, at every published setting.
 
     python experiments/fidelity.py --model SMOLLM2 --data gsm8k/train.jsonl
 
 h' - h is far smaller than h. Two passes rounded to bfloat16 differ mostly by noise; the default path rounds the
-difference itself (`model.relative_to`). The rows of the table are the same function at four precisions.
+difference itself (`model.relative_to`). The columns of the table are the same functions at four precisions; the rows
+are the gradient of the SFT loss (Eq. 1), the ascent direction (Eq. 2), and, ascent step included, the gradient of the
+consistency loss (Eq. 5) and of the whole LfU loss (Eq. 6).
 """
 
 import argparse
@@ -11,25 +13,36 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lfu import lora, methods, model
+from lfu import lora, methods, model, train
 from lfu.data import Batch, Format, collate, encode_row, load_codec, read_rows
 from lfu.model import Config, Params
 
-SETTINGS = {
-    "LoRA α 0.001": ("lfu-lora", 0.001),
-    "LoRA α 0.1": ("lfu-lora", 0.1),
-    "steering α 0.1": ("lfu-reps", 0.1),
-}
+
+class Setting(NamedTuple):
+    """A method and its published hyper-parameters."""
+
+    title: str
+    method: str
+    alpha: float
+    lam: float
+
+
+SETTINGS = (
+    Setting("LoRA, α 0.1, λ 5", "lfu-lora", 0.1, 5.0),
+    Setting("LoRA, α 0.001, λ 500", "lfu-lora", 0.001, 500.0),
+    Setting("steering, α 0.1, λ 0.1", "lfu-reps", 0.1, 0.1),
+)
 SCALE, RANK = 2.0, 8
-# So large that in Eq. 6 the consistency gradient is all that is left; dividing by it gives that gradient alone.
+# So large that taking the SFT gradient away from Eq. 6 again costs the consistency gradient no digits.
 LAMBDA = 1e12
+Gradients = dict[str, Tensor]
 
 
 def plain_products() -> Any:
@@ -62,20 +75,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--template", default="alpaca")
     parser.add_argument("--adapter", type=Path, help="task adapter (default: a fresh one)")
     parser.add_argument("--rows", type=int, default=4, help="how many rows of the file make the batch")
     parsed = parser.parse_args()
     config = model.read_config(parsed.model / "config.json")
     task = starting_point(config, parsed.adapter)
-    codec = load_codec(parsed.model, config.vocab_size)
-    batch = collate([encode_row(codec, Format(), row) for row in read_rows(parsed.data)[: parsed.rows]])
-    print("| cosine, norm ratio | " + " | ".join(SETTINGS) + " |\n" + "|---" * (len(SETTINGS) + 1) + "|")
-    # The file holds bfloat16, so every dtype below starts from the very same weights.
-    references = gradients(config, load(parsed.model, torch.float64), task, batch)
+    codec, form = load_codec(parsed.model, config.vocab_size), Format(parsed.template)
+    batch = collate([encode_row(codec, form, row) for row in read_rows(parsed.data)[: parsed.rows]])
+    # The file holds bfloat16, so every dtype starts from the very same weights.
+    reference = gradients(config, load(parsed.model, torch.float64), task, batch)
+    columns = {}
     for name, (dtype, patches) in PRECISIONS.items():
         with changed(patches):
             found = gradients(config, load(parsed.model, dtype), task, batch)
-        print(f"| {name} | " + " | ".join(map(compared, found, references)) + " |", flush=True)
+        columns[name] = {title: compared(found[title], reference[title]) for title in reference}
+    print(table(columns))
 
 
 def load(folder: Path, dtype: torch.dtype) -> Params:
@@ -88,20 +103,56 @@ def starting_point(config: Config, adapter: Path | None) -> lora.Lora:
     return lora.init(config, RANK, generator=torch.Generator().manual_seed(0))
 
 
-def gradients(config: Config, base: Params, task: lora.Lora, batch: Batch) -> list[Tensor]:
-    """The consistency gradient at each setting, as one float64 vector."""
+def gradients(config: Config, base: Params, task: lora.Lora, batch: Batch) -> Gradients:
+    """Every gradient of the step by name, each as one float64 vector."""
     task = tree_map(partial(Tensor.to, dtype=model.stream_dtype(base)), task)
-    found = []
-    for name, alpha in SETTINGS.values():
-        generator = torch.Generator().manual_seed(1)
-        gradient, _ = methods.METHODS[name](config, base, task, batch, generator, scale=SCALE, alpha=alpha, lam=LAMBDA)
-        found.append(torch.cat([leaf.double().flatten() for leaf in tree_leaves(gradient)]) / LAMBDA)
-    return found
+    sft = flat(train.sft_gradient(config, base, task, batch, scale=SCALE)[0])
+    found = {"SFT": sft}
+    for title, name, alpha, lam in SETTINGS:
+        ascents: list[Tensor] = []
+        with ascending_into(ascents):
+            generator = torch.Generator().manual_seed(1)
+            how = {"scale": SCALE, "alpha": alpha, "lam": LAMBDA}
+            total = flat(methods.METHODS[name](config, base, task, batch, generator, **how)[0])
+        consistency = (total - sft) / LAMBDA
+        found[f"ascent, {title.split(',')[0]}"] = ascents[0]
+        found |= {f"consistency, {title}": consistency, f"LfU, {title}": sft + lam * consistency}
+    return dict(sorted(found.items(), key=lambda item: ("SFT", "ascent", "consistency", "LfU").index(kind(item[0]))))
+
+
+def kind(title: str) -> str:
+    """Which gradient a row is about."""
+    return title.split(",")[0]
+
+
+@contextmanager
+def ascending_into(ascents: list[Tensor]) -> Iterator[None]:
+    """Notes the direction of every ascent step."""
+
+    def ascend(aux: train.Aux, gradient: train.Aux, alpha: float) -> train.Aux:
+        ascents.append(flat(gradient))
+        return plain(aux, gradient, alpha)
+
+    plain = train.ascend
+    with patch("lfu.train.ascend", ascend):
+        yield
+
+
+def flat(tree: Any) -> Tensor:
+    return torch.cat([leaf.double().flatten() for leaf in tree_leaves(tree)])
 
 
 def compared(found: Tensor, reference: Tensor) -> str:
     cosine = torch.nn.functional.cosine_similarity(found, reference, dim=0)
     return f"{cosine:.4f}, {found.norm() / reference.norm():.3f}"
+
+
+def table(columns: dict[str, dict[str, str]]) -> str:
+    """One row per gradient, one column per precision."""
+    lines = ["| cosine, norm ratio | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for title in next(iter(columns.values())):
+        lines.append(f"| {title} | " + " | ".join(column[title] for column in columns.values()) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ from lfu.model import (
     recording,
     relative_to,
     rms_norm,
-    stream_dtype,
     trunk,
 )
 from lfu.train import Metrics, ascend, differentiate, global_norm, sft_gradient
@@ -103,18 +102,18 @@ def released_reps(
     others. `learning_rate` is theirs and constant.
     """
     batch, other = padded(batch), padded(second_batch(examples, batch, generator))
+    x, x_other = embed(base, batch.tokens), embed(base, other.tokens)
     if not state:
-        state |= new_state(config, generator, stream_dtype(base))
+        state |= new_state(config, generator, x.dtype)
 
     def reversed_loss(vectors: Tensor) -> tuple[Tensor, Any]:
         product = turning(base, task, scale, vectors, alpha)
         logits, hidden = forward(config, base, other.tokens, product=product)
-        return sft_loss(logits, other.labels), states(config, base, embed(base, other.tokens), hidden)
+        return sft_loss(logits, other.labels), states(config, base, x_other, hidden)
 
     def objective(task: Lora) -> tuple[Tensor, Any]:
         logits, hidden = forward(config, base, batch.tokens, [(task, scale)])
-        clean = states(config, base, embed(base, batch.tokens), hidden)
-        cons = consistency_loss(undesirable, clean, batch.labels != IGNORED)
+        cons = consistency_loss(undesirable, states(config, base, x, hidden), batch.labels != IGNORED)
         sft = sft_loss(logits, batch.labels)
         return sft + lam * cons, {"sft": sft, "consistency": cons}
 

@@ -1,0 +1,351 @@
+"""What each difference between the paper, its released code and this project does to the gradient.
+
+    python experiments/differences.py --model SMOLLM2 --data gsm8k/train.jsonl --adapter ADAPTER
+    python experiments/differences.py --model weights/mini --data weights/mini/math/train.jsonl --template question
+                                      --adapter runs/demo/lfu-lora/adapter
+
+Every row of the tables starts from the paper's algorithm (Algorithm 1 or 2, float32, the published α and λ) and changes
+one thing, the last ones everything; the entries are cosine and norm ratio against that algorithm, of the gradient of
+the consistency term and of the whole LfU loss. The written-out algorithms below take three passes and no care for
+speed: they are here to be changed.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fidelity
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lfu import lora, methods, model, released, steering
+from lfu.data import Batch, Codec, Example, Format, collate, encode_row, load_codec, read_rows, token_ids
+from lfu.lora import Adapter, Lora
+from lfu.loss import IGNORED, consistency_loss, predicts, sft_loss
+from lfu.model import Config, Params, Steering, embed, forward, trunk
+from lfu.train import Settings, ascend, differentiate, sft_gradient
+
+SCALE, RANK, ROWS, MICRO_BATCH = fidelity.SCALE, fidelity.RANK, 16, 4
+PUBLISHED = {name: methods.PUBLISHED[f"lfu-{name}"] for name in ("lora", "reps")}
+DRAWS = 2000
+"""How many pairs of batches the statement about their lengths rests on."""
+
+
+class Bench(NamedTuple):
+    """A model in the middle of fine-tuning, a micro-batch, and another one."""
+
+    config: Config
+    base: Params
+    task: Lora
+    examples: list[Example]
+    batch: Batch
+    other: Batch
+
+
+class Found(NamedTuple):
+    """A gradient of the consistency term, and of the whole loss, each as one float64 vector."""
+
+    consistency: Tensor
+    whole: Tensor
+
+
+Rows = Iterator[tuple[str, Callable[[], Found]]]
+"""What is different, and how to compute it."""
+States = Callable[[Config, Params, Tensor, list[Tensor]], list[Tensor]]
+"""(config, base, embeddings, h_1 .. h_K) -> the states to compare."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--template", default="alpaca")
+    parser.add_argument("--adapter", type=Path, help="task adapter (default: a fresh one)")
+    parsed = parser.parse_args()
+    codec = load_codec(parsed.model, model.read_config(parsed.model / "config.json").vocab_size)
+    rows, form = read_rows(parsed.data), Format(parsed.template)
+    examples = [encode_row(codec, form, row) for row in rows]
+    bench = load_bench(parsed.model, parsed.adapter, examples[:ROWS])
+    show("LfU (LoRA)", lora_rows(bench))
+    show("LfU (RepS)", reps_rows(bench))
+    show("One optimizer step of 16 rows, LfU (LoRA)", step_rows(bench, codec))
+    print(lengths(examples))
+    print(unmoved(bench.config, Settings().learning_rate))
+
+
+def load_bench(folder: Path, adapter: Path | None, examples: list[Example]) -> Bench:
+    config, base = model.load(folder, dtype=torch.float32)
+    task = fidelity.starting_point(config, adapter)
+    batches = [collate(examples[start : start + MICRO_BATCH]) for start in (0, MICRO_BATCH)]
+    return Bench(config, base, task, examples, *batches)
+
+
+def show(title: str, rows: Rows) -> None:
+    """A table; its first row is what the others are compared with."""
+    print(f"\n{title}\n\n| what is different | consistency | whole gradient |\n|---|---|---|")
+    (_, reference), *others = rows
+    expected = reference()
+    for name, measure in others:
+        found = measure()
+        print(f"| {name} | " + " | ".join(map(fidelity.compared, found, expected)) + " |", flush=True)
+    print()
+
+
+# --- LfU (LoRA) -----------------------------------------------------------------------------------
+
+
+def lora_rows(bench: Bench) -> Rows:
+    alone = partial(lora_variant, bench)
+    yield "Algorithm 1", alone
+    yield "nothing but another draw of the auxiliary A", partial(alone, seed=2)
+    yield "the task LoRA itself is moved, A and B", partial(alone, moved="task")
+    yield "the ascent direction comes from another batch", partial(alone, ascent_on=bench.other)
+    yield "K+1 states, the last behind the final norm", partial(alone, states=released.states)
+    yield "at the answer's own tokens, not those that predict them", partial(alone, mask=answer)
+    yield "the squared norm as printed, not divided by D", partial(alone, norm="sum")
+    yield "all of the released code (`released-lora`)", partial(by_method, bench, "released-lora")
+    yield "Algorithm 1 in bfloat16 throughout", partial(low, bench, "lfu-lora")
+    yield "`released-lora` in bfloat16 throughout", partial(low, bench, "released-lora")
+
+
+def lora_variant(
+    bench: Bench,
+    *,
+    moved: str = "auxiliary",
+    ascent_on: Batch | None = None,
+    seed: int = 1,
+    states: States | None = None,
+    mask: Callable[[Tensor], Tensor] = predicts,
+    norm: str = "mean",
+    per_example: bool = False,
+) -> Found:
+    """Algorithm 1, written out in three passes, with one thing or another changed."""
+    config, base, task, _, batch, _ = bench
+    alpha, lam = PUBLISHED["lora"].values()
+    aux = lora.init(config, RANK, generator=torch.Generator().manual_seed(seed))
+    average = over_examples if per_example else over_tokens
+
+    def loss(task: Lora, aux: Lora, on: Batch) -> tuple[Tensor, Any]:
+        logits, _ = forward(config, base, on.tokens, [(task, SCALE), (aux, SCALE)])
+        return average(lambda rows: sft_loss(logits[rows], on.labels[rows]), batch), ()
+
+    (sft, _), _, _ = differentiate(partial(loss, on=batch), task, aux)
+    (on_task, on_aux), _, _ = differentiate(partial(loss, on=ascent_on or batch), task, aux)
+    step = tree_map(torch.sub, ascend(task, on_task, alpha), task)
+    undesirable = ascend(aux, on_aux, alpha)
+
+    def perturbed(task: Lora) -> list[Adapter]:
+        if moved == "task":
+            return [(tree_map(torch.add, task, step), SCALE)]
+        return [(task, SCALE), (undesirable, SCALE)]
+
+    def compared_states(adapters: list[Adapter]) -> list[Tensor]:
+        x = embed(base, batch.tokens)
+        hidden = trunk(config, base, x, adapters)
+        return states(config, base, x, hidden) if states else hidden
+
+    def consistency(task: Lora) -> tuple[Tensor, Any]:
+        moved_states, positions = compared_states(perturbed(task)), mask(batch.labels)
+
+        def distance(rows: slice) -> Tensor:
+            pair = [[h[rows] for h in each] for each in (clean, moved_states)]
+            return consistency_loss(*pair, positions[rows], norm=norm)
+
+        return average(distance, batch), ()
+
+    clean = compared_states([(task, SCALE)])
+    (cons,), _, _ = differentiate(consistency, task)
+    return eq_6(sft, cons, lam)
+
+
+# --- LfU (RepS) -----------------------------------------------------------------------------------
+
+
+def reps_rows(bench: Bench) -> Rows:
+    alone = partial(reps_variant, bench)
+    yield "Algorithm 2", alone
+    yield "random vectors of the same length, not an ascent step", partial(alone, vectors="random")
+    yield "vectors at every position", partial(alone, everywhere=True)
+    yield "the MLP's output is turned, its length kept (at every position)", partial(alone, turned=True)
+    yield "the perturbed side is held constant, the clean side trained", partial(alone, trained="clean")
+    yield "the perturbed states are those of another batch", partial(alone, perturbed_on=bench.other)
+    yield "K+1 states, the last behind the final norm", partial(alone, states=released.states)
+    yield "at the answer's own tokens, not those that predict them", partial(alone, mask=answer)
+    yield "all of the released code (`released-reps`)", partial(by_method, bench, "released-reps")
+    yield "Algorithm 2 in bfloat16 throughout", partial(low, bench, "lfu-reps")
+    yield "`released-reps` in bfloat16 throughout", partial(low, bench, "released-reps")
+
+
+def reps_variant(
+    bench: Bench,
+    *,
+    vectors: str = "ascent",
+    everywhere: bool = False,
+    turned: bool = False,
+    trained: str = "perturbed",
+    perturbed_on: Batch | None = None,
+    states: States | None = None,
+    mask: Callable[[Tensor], Tensor] = predicts,
+) -> Found:
+    """Algorithm 2, written out in three passes, with one thing or another changed."""
+    config, base, task, _, batch, _ = bench
+    alpha, lam = PUBLISHED["reps"].values()
+    where = torch.ones_like if everywhere else predicts
+
+    def loss(d: Tensor) -> tuple[Tensor, Any]:
+        steered = Steering(d, where(batch.labels).bool())
+        return sft_loss(forward(config, base, batch.tokens, [(task, SCALE)], steered)[0], batch.labels), ()
+
+    zero = steering.zeros(config)
+    if vectors == "random":
+        direction = torch.randn(zero.shape, generator=torch.Generator().manual_seed(1))
+    else:
+        ((direction,), _, _) = differentiate(loss, zero)
+    undesirable = ascend(zero, direction, alpha)
+
+    def compared_states(tokens: Tensor, *how: Any, **product: Any) -> list[Tensor]:
+        x = embed(base, tokens)
+        hidden = trunk(config, base, x, *how, **product)
+        return states(config, base, x, hidden) if states else hidden
+
+    def perturbed_states(task: Lora) -> list[Tensor]:
+        tokens, labels = perturbed_on or batch
+        if turned:
+            found = compared_states(tokens, product=released.turning(base, task, SCALE, undesirable, alpha))
+        else:
+            found = compared_states(tokens, [(task, SCALE)], Steering(undesirable, where(labels).bool()))
+        return [released.stretched(h, batch.tokens.shape[1]) for h in found]
+
+    def consistency(task: Lora) -> tuple[Tensor, Any]:
+        if trained == "clean":
+            return consistency_loss(constant, compared_states(batch.tokens, [(task, SCALE)]), mask(batch.labels)), ()
+        return consistency_loss(constant, perturbed_states(task), mask(batch.labels)), ()
+
+    constant = perturbed_states(task) if trained == "clean" else compared_states(batch.tokens, [(task, SCALE)])
+    (cons,), _, _ = differentiate(consistency, task)
+    sft, _ = sft_gradient(config, base, task, batch, scale=SCALE)
+    return eq_6(sft, cons, lam)
+
+
+# --- what both share ------------------------------------------------------------------------------
+
+
+def answer(labels: Tensor) -> Tensor:  # [B,T] -> [B,T] bool
+    """The positions of the answer's tokens, one behind those that predict them."""
+    return labels != IGNORED
+
+
+def over_tokens(loss: Callable[[slice], Tensor], batch: Batch) -> Tensor:
+    """One mean over all tokens of the batch, as everywhere in this project."""
+    return loss(slice(None))
+
+
+def over_examples(loss: Callable[[slice], Tensor], batch: Batch) -> Tensor:
+    """The mean of each example's mean, as Eqs. 1 and 5 are printed."""
+    return torch.stack([loss(slice(row, row + 1)) for row in range(len(batch.tokens))]).mean()
+
+
+def eq_6(sft: Any, consistency: Any, lam: float) -> Found:
+    return Found(fidelity.flat(consistency), fidelity.flat(sft) + lam * fidelity.flat(consistency))
+
+
+def by_method(bench: Bench, name: str, base: Params | None = None) -> Found:
+    """What a method of the project computes; second batches are drawn from the bench's other rows."""
+    base = base or bench.base
+    task = tree_map(partial(Tensor.to, dtype=model.stream_dtype(base)), bench.task)
+
+    def gradient(lam: float) -> Tensor:
+        method, _ = methods.bind(name, bench.config, scale=SCALE, lam=lam, examples=bench.examples[MICRO_BATCH:])
+        return fidelity.flat(method(bench.config, base, task, bench.batch, torch.Generator().manual_seed(1))[0])
+
+    # The gradient is linear in λ, and a large λ keeps the digits of the consistency term.
+    sft, total = gradient(0.0), gradient(fidelity.LAMBDA)
+    return eq_6(sft, (total - sft) / fidelity.LAMBDA, methods.PUBLISHED[name]["lam"])
+
+
+def low(bench: Bench, name: str) -> Found:
+    """The same with weights, stream and adapters in bfloat16, both passes rounded on their own."""
+    base = tree_map(lambda tensor: None if tensor is None else tensor.bfloat16(), bench.base)
+    with fidelity.changed((fidelity.plain_products, fidelity.low_stream)):
+        return by_method(bench, name, base)
+
+
+# --- one optimizer step ---------------------------------------------------------------------------
+
+
+def step_rows(bench: Bench, codec: Codec) -> Rows:
+    rows = by_length(bench.examples)
+    newlines = token_ids(codec, "\n\n")
+    yield "four micro-batches of 4, by length, weighted by tokens", partial(step, bench, rows)
+    for size in (1, 2, 8, 16):
+        yield f"micro-batches of {size}", partial(step, bench, rows, size)
+    yield "micro-batches not grouped by length", partial(step, bench, bench.examples)
+    yield "every micro-batch's consistency counts the same", partial(step, bench, rows, equal_consistency=True)
+    yield "means over each example first, as Eqs. 1 and 5 are printed", partial(step, bench, rows, per_example=True)
+    longer = [Example([*row.tokens, *newlines], row.prompt, row.row) for row in rows]
+    yield "two newlines behind EOS carry loss too", partial(step, bench, longer)
+    if codec.bos:
+        yield "no BOS", partial(step, bench, [Example(row.tokens[1:], row.prompt - 1, row.row) for row in rows])
+
+
+def by_length(examples: Sequence[Example]) -> list[Example]:
+    return sorted(examples, key=lambda example: len(example.tokens))
+
+
+def step(
+    bench: Bench,
+    examples: Sequence[Example],
+    size: int = MICRO_BATCH,
+    *,
+    equal_consistency: bool = False,
+    per_example: bool = False,
+) -> Found:
+    """The gradient of an optimizer step, from micro-batches of this many rows in this order."""
+    groups = [examples[start : start + size] for start in range(0, len(examples), size)]
+    parts = [lora_variant(bench._replace(batch=collate(group)), per_example=per_example) for group in groups]
+    tokens = [sum(example.supervised for example in group) for group in groups]
+    shares = [count / sum(tokens) for count in tokens]
+    equal = [1 / len(groups)] * len(groups)
+    lam = PUBLISHED["lora"]["lam"]
+    sft = weighted(equal if per_example else shares, [part.whole - lam * part.consistency for part in parts])
+    cons = weighted(equal if per_example or equal_consistency else shares, [part.consistency for part in parts])
+    return eq_6(sft, cons, lam)
+
+
+def weighted(shares: list[float], parts: list[Tensor]) -> Tensor:
+    return sum(share * part for share, part in zip(shares, parts, strict=True))
+
+
+# --- two facts about the released RepS ------------------------------------------------------------
+
+
+def lengths(examples: Sequence[Example]) -> str:
+    """How often two batches of 4, padded to multiples of 8, are equally long, and what stands at their last place."""
+    generator = torch.Generator().manual_seed(0)
+    equal = padding = 0
+    for _ in range(DRAWS):
+        order = torch.randperm(len(examples), generator=generator)[: 2 * MICRO_BATCH].tolist()
+        long = [len(examples[row].tokens) for row in order]
+        widths = [8 * math.ceil(max(half) / 8) for half in (long[:MICRO_BATCH], long[MICRO_BATCH:])]
+        equal += widths[0] == widths[1]
+        padding += sum(length < widths[1] for length in long[MICRO_BATCH:])
+    return (
+        f"Of {DRAWS} pairs of batches of {MICRO_BATCH}, {100 * equal / DRAWS:.1f} % are equally long when padded to a "
+        f"multiple of 8; {100 * padding / DRAWS / MICRO_BATCH:.1f} % of the second batches' last places are padding."
+    )
+
+
+def unmoved(config: Config, rate: float) -> str:
+    """How far Adam gets with vectors ~ N(0, 1) that are kept in bfloat16: its first step is `rate` for every entry."""
+    shape = (config.num_hidden_layers, config.hidden_size)
+    vectors = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    share = ((vectors + rate) != vectors).float().mean()
+    return f"Of vectors ~ N(0, 1) in bfloat16, a step of {rate:g} changes {100 * share:.1f} % of the entries."
+
+
+if __name__ == "__main__":
+    main()
