@@ -101,6 +101,7 @@ def show(title: str, rows: Rows) -> None:
 def lora_rows(bench: Bench) -> Rows:
     alone = partial(lora_variant, bench)
     yield "Algorithm 1", alone
+    yield "no consistency term: SFT", partial(sft_alone, bench)
     yield "nothing but another draw of the auxiliary A", partial(alone, seed=2)
     yield "the task LoRA itself is moved, A and B", partial(alone, moved="task")
     yield "the ascent direction comes from another batch", partial(alone, ascent_on=bench.other)
@@ -168,6 +169,7 @@ def lora_variant(
 def reps_rows(bench: Bench) -> Rows:
     alone = partial(reps_variant, bench)
     yield "Algorithm 2", alone
+    yield "no consistency term: SFT", partial(sft_alone, bench)
     yield "random vectors of the same length, not an ascent step", partial(alone, vectors="random")
     yield "vectors at every position", partial(alone, everywhere=True)
     yield "the MLP's output is turned, its length kept (at every position)", partial(alone, turned=True)
@@ -253,6 +255,11 @@ def eq_6(sft: Any, consistency: Any, lam: float) -> Found:
     return Found(fidelity.flat(consistency), fidelity.flat(sft) + lam * fidelity.flat(consistency))
 
 
+def sft_alone(bench: Bench) -> Found:
+    sft, _ = sft_gradient(bench.config, bench.base, bench.task, bench.batch, scale=SCALE)
+    return eq_6(sft, tree_map(torch.zeros_like, sft), 0.0)
+
+
 def by_method(bench: Bench, name: str, base: Params | None = None) -> Found:
     """What a method of the project computes; second batches are drawn from the bench's other rows."""
     base = base or bench.base
@@ -281,7 +288,7 @@ def step_rows(bench: Bench, codec: Codec) -> Rows:
     rows = by_length(bench.examples)
     newlines = token_ids(codec, "\n\n")
     yield "four micro-batches of 4, by length, weighted by tokens", partial(step, bench, rows)
-    for size in (1, 2, 8, 16):
+    for size in (1, 8, 16):
         yield f"micro-batches of {size}", partial(step, bench, rows, size)
     yield "micro-batches not grouped by length", partial(step, bench, bench.examples)
     yield "every micro-batch's consistency counts the same", partial(step, bench, rows, equal_consistency=True)
