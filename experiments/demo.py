@@ -1,12 +1,14 @@
 """What fine-tuning makes a small model learn, and what it makes it forget: SFT against LfU on `weights/mini`.
 
     make demo
+    python experiments/demo.py --methods sft lfu-lora lfu-reps released-lora released-reps
 
 Fine-tunes the miniature model on 96 two-step word problems with each method, through the same functions as the `lfu`
 command, scores it on the task and on all four categories of its world, and prints one table. Nothing here knows that
 the model is small.
 """
 
+import argparse
 import shutil
 import sys
 import time
@@ -18,10 +20,10 @@ import torch
 
 from lfu.cli import EvalOptions, TrainOptions, evaluate, train
 from lfu.evaluate import Estimate
+from lfu.methods import METHODS
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
 OUT = Path("runs") / "demo"
-METHODS = ("sft", "lfu-lora")
 TASKS = {
     "math": ("two-step", "gsm8k"),
     "neighbours": ("other math", "exact"),
@@ -32,17 +34,20 @@ TASKS = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["sft", "lfu-lora"])
+    chosen = parser.parse_args().methods
     # Operations this small are slower when they are shared out to several threads.
     torch.set_num_threads(1)
     shutil.rmtree(OUT, ignore_errors=True)
     rows = {"base": scores(None)}
-    for method in METHODS:
+    for method in chosen:
         start = time.perf_counter()
         adapter = fine_tune(method)
         print(f"{method}: fine-tuned in {time.perf_counter() - start:.0f} s", flush=True)
         rows[method] = scores(adapter)
     print(table(rows))
-    print("\nAdapters: " + ", ".join(str(OUT / method / "adapter") for method in METHODS))
+    print("\nAdapters: " + ", ".join(str(OUT / method / "adapter") for method in chosen))
 
 
 def fine_tune(method: str) -> Path:

@@ -168,9 +168,10 @@ def lora_variant(
 
 def reps_rows(bench: Bench) -> Rows:
     alone = partial(reps_variant, bench)
+    random = torch.randn(steering.zeros(bench.config).shape, generator=torch.Generator().manual_seed(1))
     yield "Algorithm 2", alone
     yield "no consistency term: SFT", partial(sft_alone, bench)
-    yield "random vectors of the same length, not an ascent step", partial(alone, vectors="random")
+    yield "random vectors of the same length, not an ascent step", partial(alone, vectors=random)
     yield "vectors at every position", partial(alone, everywhere=True)
     yield "the MLP's output is turned, its length kept (at every position)", partial(alone, turned=True)
     yield "the perturbed side is held constant, the clean side trained", partial(alone, trained="clean")
@@ -185,7 +186,7 @@ def reps_rows(bench: Bench) -> Rows:
 def reps_variant(
     bench: Bench,
     *,
-    vectors: str = "ascent",
+    vectors: Tensor | None = None,
     everywhere: bool = False,
     turned: bool = False,
     trained: str = "perturbed",
@@ -203,10 +204,7 @@ def reps_variant(
         return sft_loss(forward(config, base, batch.tokens, [(task, SCALE)], steered)[0], batch.labels), ()
 
     zero = steering.zeros(config)
-    if vectors == "random":
-        direction = torch.randn(zero.shape, generator=torch.Generator().manual_seed(1))
-    else:
-        ((direction,), _, _) = differentiate(loss, zero)
+    direction = differentiate(loss, zero)[0][0] if vectors is None else vectors
     undesirable = ascend(zero, direction, alpha)
 
     def compared_states(tokens: Tensor, *how: Any, **product: Any) -> list[Tensor]:
