@@ -73,6 +73,7 @@ def main() -> None:
     show("LfU (LoRA)", lora_rows(bench))
     show("LfU (RepS)", reps_rows(bench))
     show("One optimizer step of 16 rows, LfU (LoRA)", step_rows(bench, codec))
+    print(alongside_sft(bench))
     print(lengths(examples))
     print(unmoved(bench.config, Settings().learning_rate))
 
@@ -254,6 +255,7 @@ def eq_6(sft: Any, consistency: Any, lam: float) -> Found:
 
 
 def sft_alone(bench: Bench) -> Found:
+    """No consistency term at all."""
     sft, _ = sft_gradient(bench.config, bench.base, bench.task, bench.batch, scale=SCALE)
     return eq_6(sft, tree_map(torch.zeros_like, sft), 0.0)
 
@@ -325,7 +327,20 @@ def weighted(shares: list[float], parts: list[Tensor]) -> Tensor:
     return sum(share * part for share, part in zip(shares, parts, strict=True))
 
 
-# --- two facts about the released RepS ------------------------------------------------------------
+# --- single facts ---------------------------------------------------------------------------------
+
+
+def alongside_sft(bench: Bench) -> str:
+    """How far the consistency gradient points where the SFT gradient points."""
+    sft = sft_alone(bench).whole
+    found = {
+        "Algorithm 1": lora_variant(bench),
+        "with another batch's ascent direction": lora_variant(bench, ascent_on=bench.other),
+        "Algorithm 2": reps_variant(bench),
+        "with the sides swapped": reps_variant(bench, trained="clean"),
+    }
+    cosines = [f"{name} {fidelity.compared(each.consistency, sft).split(',')[0]}" for name, each in found.items()]
+    return f"Cosine of the consistency gradient with the SFT gradient: {', '.join(cosines)}."
 
 
 def lengths(examples: Sequence[Example]) -> str:
