@@ -32,12 +32,12 @@ def main() -> None:
     dtype = getattr(torch, parsed.dtype) if parsed.dtype else None
     config, base = model.load(parsed.model, dtype=dtype, device=parsed.device)
     codec = load_codec(parsed.model, config.vocab_size)
-    rows = read_rows(parsed.data)[: parsed.rows]
-    batch = collate([encode_row(codec, Format(), row) for row in rows], parsed.device)
+    examples = [encode_row(codec, Format(), row) for row in read_rows(parsed.data)[: 2 * parsed.rows]]
+    batch = collate(examples[: parsed.rows], parsed.device)
     task = lora.init(config, 8, generator=torch.Generator().manual_seed(0))
     task = tree_map(partial(Tensor.to, device=parsed.device, dtype=model.stream_dtype(base)), task)
     generator = torch.Generator(parsed.device)
-    steps = {name: methods.bind(name, config, scale=2.0)[0] for name in methods.METHODS}
+    steps = {name: methods.bind(name, config, scale=2.0, examples=examples)[0] for name in methods.METHODS}
     times = interleaved(
         {name: partial(step, config, base, task, batch, generator) for name, step in steps.items()}, parsed.repetitions
     )
