@@ -332,9 +332,9 @@ def decoding_error(kind: str, *, adapted: bool = False, chunks: Sequence[list[in
     config, params, tokens = exact_model(kind)
     adapters = [(random_lora(config, 2, seed=5), 2.0)] if adapted else []
     expected = forward(config, params, tokens, adapters)[0]
-    cache, errors = empty_cache(config, params, len(PROMPTS), ROOM), []
+    cache, ends, errors = empty_cache(config, params, len(PROMPTS), ROOM), [0 for _ in PROMPTS], []
     for counts in chunks:
-        ends = [int(length) + count for length, count in zip(cache.lengths, counts, strict=True)]
+        ends = [end + count for end, count in zip(ends, counts, strict=True)]
         logits, cache = feed((config, params, tokens), cache, counts, max(counts), adapters)
         errors += [gap(logits[row], expected[row, end - 1]) for row, end in enumerate(ends)]
     return max(errors)

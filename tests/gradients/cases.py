@@ -29,7 +29,7 @@ AUXILIARIES = ("lora", "steering")
 PARTS = ("sft", "ascent", "consistency", "whole")
 
 EXACT = 1e-12
-"""Relative error in float64. Measured against the oracle: at most 9e-14, over several choices of rows."""
+"""Relative error in float64. Measured: 6e-14 against the oracle, 1.1e-13 where its decoder is transformers' own."""
 
 
 class Case(NamedTuple):

@@ -25,6 +25,7 @@ MODEL = [
             "blend * frequencies / factor + (1 - blend) * frequencies",
             checks.decoder("llama31"),
         ),
+        ("scaling of another context", "turns = original", "turns = original / 2", checks.decoder("llama31")),
         ("turns without 2π", " / (2 * math.pi)", "", checks.FREQUENCIES),
         (
             "no blend between slow and fast",
@@ -119,6 +120,24 @@ MODEL = [
             checks.decoder(*checks.QWEN3),
         ),
         ("values rotated too", "rotate(k, rotary), v)", "rotate(k, rotary), rotate(v, rotary))", checks.ANY),
+        (
+            "first norm's weight forgotten",
+            "layer.input_layernorm",
+            "torch.ones_like(layer.input_layernorm)",
+            checks.ANY,
+        ),
+        (
+            "second norm's weight forgotten",
+            "layer.post_attention_layernorm",
+            "torch.ones_like(layer.post_attention_layernorm)",
+            checks.ANY,
+        ),
+        (
+            "weight of the keys' norm forgotten",
+            "rms_norm(k, layer.k_norm,",
+            "rms_norm(k, torch.ones_like(layer.k_norm),",
+            checks.decoder(*checks.QWEN3),
+        ),
         ("first norm takes the second's weight", "layer.input_layernorm", "layer.post_attention_layernorm", checks.ANY),
         ("second norm takes the first's weight", "layer.post_attention_layernorm", "layer.input_layernorm", checks.ANY),
         (
@@ -139,6 +158,7 @@ MODEL = [
             "h, params.lm_head",
             checks.ANY,
         ),
+        ("final norm's weight forgotten", "params.norm,", "torch.ones_like(params.norm),", checks.ANY),
         ("output layer always tied", "params.lm_head", "params.embed", checks.decoder(*checks.UNTIED)),
     ),
     *mistakes_in(
