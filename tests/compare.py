@@ -1,5 +1,6 @@
 """How far apart two results are. Trees are compared as the one long vector of all their tensors."""
 
+import math
 from typing import Any
 
 import torch
@@ -29,4 +30,6 @@ def gap(a: Tensor, b: Tensor) -> float:
 
 def relative(actual: float, expected: float) -> float:
     """Relative difference of two numbers; 0 where both are 0."""
-    return abs(actual - expected) / abs(expected) if expected else float("inf") * abs(actual) if actual else 0.0
+    if expected == 0:
+        return 0.0 if actual == 0 else math.inf
+    return abs(actual - expected) / abs(expected)

@@ -6,6 +6,7 @@ whoever imported it by name runs the mistake, and nested functions come along. R
 
 import importlib
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,9 +48,15 @@ def outcome(mutant: Mutant) -> Outcome:
     """Make the mistake, run the check, and take the mistake back."""
     with applied(mutant):
         error = min(mutant.check.errors())
-    tolerance = mutant.check.tolerance
-    factor = error / tolerance if tolerance else float("inf") * error if error else 0.0
+    factor = times(error, mutant.check.tolerance)
     return Outcome(error, factor, factor >= VISIBLE)
+
+
+def times(error: float, tolerance: float) -> float:
+    """Error ÷ tolerance; where equality is asked for, any error is infinitely many times too large."""
+    if tolerance == 0:
+        return math.inf if error > 0 else 0.0
+    return error / tolerance
 
 
 @contextmanager
