@@ -6,12 +6,15 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-.PHONY: install test lint demo clean
+.PHONY: install test mutants lint demo clean
 
 install: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q
+
+mutants: $(VENV)/installed-test
+	cd tests && ../$(BIN)/python -m mutants
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from lfu.data import (
     Example,
     Format,
     Row,
+    bos_ids,
     collate,
     encode_row,
     encode_rows,
@@ -82,6 +83,12 @@ def load(tmp_path: Path) -> Callable[..., Codec]:
     return load
 
 
+def codec_with(*, bos: bool = True) -> Codec:
+    """The same without a folder."""
+    made = tokenizer(bos=bos)
+    return Codec(made, bos_ids(made), EOS, frozenset({EOS}))
+
+
 def spelled(codec: Codec, ids: list[int]) -> list[str]:
     return [codec.tokenizer.id_to_token(token) for token in ids]
 
@@ -93,43 +100,77 @@ def text(codec: Codec, ids: list[int]) -> str:
 # --- tokens and labels ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", PROMPTS)
-def test_a_template_is_this_text_to_the_letter(load: Callable[..., Codec], template: str) -> None:
-    codec = load()
+def text_of_a_row(template: str) -> tuple[list[str], list[str]]:
+    """Prompt and answer as they are and as they should be."""
+    codec = codec_with()
     tokens, prompt, _ = encode_row(codec, Format(template), Row(1, "Why?", "So.", {}))
-    assert text(codec, tokens[:prompt]) == "<s>" + PROMPTS[template]
-    assert text(codec, tokens[prompt:]) == ANSWERS[template] + "</s>"
+    return [text(codec, tokens[:prompt]), text(codec, tokens[prompt:])], [
+        "<s>" + PROMPTS[template],
+        ANSWERS[template] + "</s>",
+    ]
+
+
+@pytest.mark.parametrize("template", PROMPTS)
+def test_a_template_is_this_text_to_the_letter(template: str) -> None:
+    actual, expected = text_of_a_row(template)
+    assert actual == expected
 
 
 def test_every_template_has_its_text_here() -> None:
     assert set(TEMPLATES) == set(PROMPTS)
 
 
-@pytest.mark.parametrize(
-    ("tokenizer_bos", "format_bos", "start"),
-    [(True, True, ["<s>"]), (True, False, []), (False, True, []), (False, False, [])],
-)
-def test_one_bos_where_tokenizer_and_format_want_it(
-    load: Callable[..., Codec], tokenizer_bos: bool, format_bos: bool, start: list[str]
-) -> None:
-    codec = load(tokenizer_bos)
+STARTS = {(True, True): ["<s>"], (True, False): [], (False, True): [], (False, False): []}
+"""What a row starts with, where (tokenizer, format) want BOS."""
+
+
+def tokens_of_a_row(tokenizer_bos: bool, format_bos: bool) -> tuple[list[str], list[str]]:
+    codec = codec_with(bos=tokenizer_bos)
     example = encode_row(codec, Format("plain", bos=format_bos), Row(5, "Hi", "Yo", {}))
-    assert spelled(codec, example.tokens) == [*start, "H", "i", "Y", "o", "</s>"]
-    assert example.prompt == len(start) + 2
+    return spelled(codec, example.tokens), [*STARTS[tokenizer_bos, format_bos], "H", "i", "Y", "o", "</s>"]
+
+
+@pytest.mark.parametrize(("tokenizer_bos", "format_bos"), STARTS)
+def test_one_bos_where_tokenizer_and_format_want_it(
+    load: Callable[..., Codec], tokenizer_bos: bool, format_bos: bool
+) -> None:
+    actual, expected = tokens_of_a_row(tokenizer_bos, format_bos)
+    assert actual == expected
+    codec = load(tokenizer_bos)
+    assert codec == codec_with(bos=tokenizer_bos)._replace(tokenizer=codec.tokenizer)
+    example = encode_row(codec, Format("plain", bos=format_bos), Row(5, "Hi", "Yo", {}))
+    assert spelled(codec, example.tokens) == expected
+    assert example.prompt == len(expected) - 3
     assert example.supervised == 3
     assert example.row == 5
 
 
-def test_prompt_and_answer_are_tokenised_apart(load: Callable[..., Codec]) -> None:
-    codec = load()
+def tokens_at_the_border() -> tuple[list[str], list[str]]:
+    """Of a prompt and an answer that would merge."""
+    codec = codec_with()
+    return spelled(codec, encode_row(codec, PLAIN, Row(1, "a", "b", {})).tokens), ["<s>", "a", "b", "</s>"]
+
+
+def test_prompt_and_answer_are_tokenised_apart() -> None:
+    codec = codec_with()
     assert spelled(codec, codec.tokenizer.encode("ab", add_special_tokens=False).ids) == ["ab"]
-    tokens, prompt, _ = encode_row(codec, PLAIN, Row(1, "a", "b", {}))
-    assert spelled(codec, tokens) == ["<s>", "a", "b", "</s>"]
-    assert prompt == 2
+    actual, expected = tokens_at_the_border()
+    assert actual == expected
+    assert encode_row(codec, PLAIN, Row(1, "a", "b", {})).prompt == 2
 
 
-def test_the_pieces_of_a_template_are_tokenised_apart(load: Callable[..., Codec]) -> None:
-    codec = load()
+def tokens_between_pieces() -> tuple[list[str], list[str]]:
+    """Around "Instruction": newlines that end a piece, and the # that begins the next."""
+    codec = codec_with()
+    tokens = spelled(codec, encode_row(codec, Format("alpaca"), Row(1, "Why?", "\nSo.", {})).tokens)
+    end = tokens.index("I")  # of Instruction, the first capital I
+    return tokens[end - 6 : end], [".", "ĊĊ", "#", "#", "#", "Ġ"]
+
+
+def test_the_pieces_of_a_template_are_tokenised_apart() -> None:
+    actual, expected = tokens_between_pieces()
+    assert actual == expected
+    codec = codec_with()
     tokens = spelled(codec, encode_row(codec, Format("alpaca"), Row(1, "Why?", "\nSo.", {})).tokens)
     assert tokens.count("ĊĊ#") == 1  # before Response, inside a piece; not before Instruction, between two
     assert tokens[tokens.index("ĊĊ") + 1] == "#"
@@ -152,14 +193,20 @@ def test_braces_in_a_question_are_text(load: Callable[..., Codec]) -> None:
     )
 
 
-def test_answer_and_eos_carry_loss_and_nothing_else_does(load: Callable[..., Codec]) -> None:
-    codec = load()
+def learned_tokens() -> tuple[list[list[str]], list[list[str]]]:
+    """What carries loss in a batch of two rows of unequal length."""
+    codec = codec_with()
     rows = [Row(1, "Hi", "Yo", {}), Row(2, "Hello", "a", {})]
-    batch = collate([encode_row(codec, PLAIN, row) for row in rows])
-    learned = [[token for token in row if token != IGNORED] for row in batch.labels.tolist()]
-    assert [spelled(codec, row) for row in learned] == [["Y", "o", "</s>"], ["a", "</s>"]]
-    labelled = batch.labels != IGNORED
-    assert torch.equal(batch.labels[labelled], batch.tokens[labelled])
+    labels = collate([encode_row(codec, PLAIN, row) for row in rows]).labels.tolist()
+    learned = [spelled(codec, [token for token in row if token != IGNORED]) for row in labels]
+    return learned, [["Y", "o", "</s>"], ["a", "</s>"]]
+
+
+def test_answer_and_eos_carry_loss_and_nothing_else_does() -> None:
+    actual, expected = learned_tokens()
+    assert actual == expected
+    tokens, labels = collate([Example([5, 6, 7], 1, 1), Example([8, 9], 1, 2)])
+    assert torch.equal(labels[labels != IGNORED], tokens[labels != IGNORED])
 
 
 def test_an_unknown_template_is_refused(load: Callable[..., Codec]) -> None:
@@ -358,35 +405,62 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
 # --- batches --------------------------------------------------------------------------------------
 
 
+ORDERS = [(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+
+
+def all_orders_differ() -> bool:
+    return len({tuple(shuffled(50, seed, epoch)) for seed, epoch in ORDERS}) == len(ORDERS)
+
+
 def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
-    orders = {(seed, epoch): shuffled(50, seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
+    assert all_orders_differ()
+    orders = {place: shuffled(50, *place) for place in ORDERS}
     torch.manual_seed(5)  # no state of any generator matters
     for (seed, epoch), order in orders.items():
         assert sorted(order) == list(range(50))
         assert order == shuffled(50, seed, epoch)
-    assert len({tuple(order) for order in orders.values()}) == 4
+
+
+def rows_of_micro_batches() -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of similar length together, and none lost."""
+    examples = [Example([0] * length, 1, row) for row, length in enumerate([9, 2, 5, 2, 8, 3, 7], 1)]
+    parts = split_by_length(examples, 3)
+    return [[example.row for example in part] for part in parts], [[2, 4, 6], [3, 7, 5], [1]]
 
 
 def test_micro_batches_hold_rows_of_similar_length_and_lose_none() -> None:
-    examples = [Example([0] * length, 1, row) for row, length in enumerate([9, 2, 5, 2, 8, 3, 7], 1)]
-    parts = split_by_length(examples, 3)
-    assert [[example.row for example in part] for part in parts] == [[2, 4, 6], [3, 7, 5], [1]]
+    actual, expected = rows_of_micro_batches()
+    assert actual == expected
 
 
-def test_collate_pads_on_the_right() -> None:
+def collated() -> tuple[list, list]:
+    """Tokens up to each row's length, and labels, of three rows of unequal length."""
     batch = collate([Example([5, 6, 7], 1, 1), Example([8, 9], 1, 2), Example([4, 3, 2, 1], 3, 3)])
-    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
-    assert [row[:length] for row, length in zip(batch.tokens.tolist(), (3, 2, 4))] == [[5, 6, 7], [8, 9], [4, 3, 2, 1]]
-    assert batch.tokens.shape == (3, 4)
-    assert batch.labels.tolist() == [
+    tokens = [row[:length] for row, length in zip(batch.tokens.tolist(), (3, 2, 4))]
+    return [*tokens, *batch.labels.tolist()], [
+        [5, 6, 7],
+        [8, 9],
+        [4, 3, 2, 1],
         [IGNORED, 6, 7, IGNORED],
         [IGNORED, 9, IGNORED, IGNORED],
         [IGNORED, IGNORED, IGNORED, 1],
     ]
 
 
+def test_collate_pads_on_the_right() -> None:
+    actual, expected = collated()
+    assert actual == expected
+    batch = collate([Example([5, 6, 7], 1, 1), Example([8, 9], 1, 2)])
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    assert batch.tokens.shape == (2, 3)
+
+
+def supervised_and_predicted(prompt: int) -> tuple[int, int]:
+    example = Example([5, 6, 7], prompt, 1)
+    return example.supervised, int((collate([example]).labels[:, 1:] != IGNORED).sum())
+
+
 @pytest.mark.parametrize("prompt", [0, 1, 2])
 def test_supervised_counts_the_labels_that_are_predicted(prompt: int) -> None:
-    example = Example([5, 6, 7], prompt, 1)
-    predicted = collate([example]).labels[:, 1:] != IGNORED
-    assert example.supervised == int(predicted.sum())
+    supervised, predicted = supervised_and_predicted(prompt)
+    assert supervised == predicted

@@ -5,6 +5,7 @@ A0 to H9, so any token can serve as the end of an answer, and a stop string can 
 """
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,22 @@ def spelled(tokens: Sequence[int]) -> str:
 def codec(stops: Collection[int] = ()) -> Codec:
     tokenizer = Tokenizer(models.BPE(vocab={spelled([token]): token for token in range(VOCABULARY)}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
-    return Codec(tokenizer, (), min(stops, default=0), frozenset(stops))
+    return Codec(tokenizer, (), max(stops, default=0), frozenset(stops))
 
 
 @pytest.fixture(params=KINDS)
 def some_model(request: pytest.FixtureRequest) -> tuple[Config, Params]:
-    config = CONFIGS[request.param]
-    return config, random_params(config, seed=5)
+    return model_of(request.param)
 
 
 @pytest.fixture
 def model() -> tuple[Config, Params]:
-    config = CONFIGS["llama31"]
-    return config, random_params(config, seed=5)
+    return model_of("llama31")
+
+
+@cache
+def model_of(kind: str) -> tuple[Config, Params]:
+    return CONFIGS[kind], random_params(CONFIGS[kind], seed=5)
 
 
 def prompts_for(config: Config) -> list[list[int]]:
@@ -83,23 +87,42 @@ def completions(*arguments: Any, **options: Any) -> list[Completion]:
 # --- the tokens -----------------------------------------------------------------------------------
 
 
-def test_batched_is_one_by_one_is_uncached(some_model: tuple[Config, Params]) -> None:
-    config, params = some_model
-    prompts = prompts_for(config)
-    expected = [until(uncached(config, params, prompt), ()) for prompt in prompts]
-    assert completions(config, params, codec(), prompts) == expected
-    assert completions(config, params, codec(), prompts, batch_size=1) == expected
-    assert len({completion.text for completion in expected}) == len(prompts)  # no two prompts could be mixed up
+Pair = tuple[list[Completion], list[Completion]]
+"""Completions as they are and as they should be."""
 
 
-def test_rows_that_end_leave_the_batch_and_the_others_alone(
-    some_model: tuple[Config, Params], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, params = some_model
-    prompts = prompts_for(config)
-    free = [uncached(config, params, prompt) for prompt in prompts]
+def batched_and_uncached(kind: str) -> Pair:
+    config, params = model_of(kind)
+    return completions(config, params, codec(), prompts_for(config)), [until(tokens, ()) for tokens in free_runs(kind)]
+
+
+@cache
+def free_runs(kind: str) -> list[list[int]]:
+    """What follows each prompt, one token after the other and without a cache."""
+    config, params = model_of(kind)
+    return [uncached(config, params, prompt) for prompt in prompts_for(config)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_is_one_by_one_is_uncached(kind: str) -> None:
+    actual, expected = batched_and_uncached(kind)
+    assert actual == expected
+    config, params = model_of(kind)
+    assert completions(config, params, codec(), prompts_for(config), batch_size=1) == expected
+    assert len({completion.text for completion in expected}) == len(LENGTHS)  # no two prompts could be mixed up
+
+
+def stopping_and_expected(kind: str) -> Pair:
+    """With four EOS ids, which rows of a batch reach at different times, if at all."""
+    config, params = model_of(kind)
+    free = free_runs(kind)
     stops = {free[0][5], free[2][9], free[4][2], free[6][1]}
-    expected = [until(tokens, stops) for tokens in free]
+    return completions(config, params, codec(stops), prompts_for(config)), [until(tokens, stops) for tokens in free]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_end_leave_the_batch_and_the_others_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, expected = stopping_and_expected(kind)
     lengths = {len(completion.tokens) for completion in expected}
     assert len(lengths) > 3
     assert {completion.finished for completion in expected} == {True, False}
@@ -111,9 +134,9 @@ def test_rows_that_end_leave_the_batch_and_the_others_alone(
         return decode(config, params, tokens, *rest)
 
     monkeypatch.setattr(module, "decode", noting)
-    assert completions(config, params, codec(stops), prompts) == expected
+    assert stopping_and_expected(kind)[0] == expected
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] <= len(prompts) // 2
+    assert sizes[-1] <= len(LENGTHS) // 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,40 +215,69 @@ def free_run(model: tuple[Config, Params]) -> tuple[list[int], list[int]]:
     raise AssertionError("The model only repeats itself.")
 
 
-def test_any_eos_id_ends_an_answer_and_stays_out_of_it(model: tuple[Config, Params]) -> None:
-    prompt, tokens = free_run(model)
-    for stops, length in [((tokens[6],), 6), ((tokens[6], tokens[3]), 3), ((tokens[0], tokens[3]), 0)]:
-        (completion,) = completions(*model, codec(stops), [prompt])
-        assert completion == Completion(spelled(tokens[:length]), tokens[:length], True)
+@cache
+def eight() -> tuple[list[int], list[int]]:
+    return free_run(model_of("llama31"))
+
+
+def completed(stops: Collection[int] = (), **options: Any) -> Completion:
+    """What `generate` makes of the prompt of `eight`."""
+    prompt, _ = eight()
+    (completion,) = completions(*model_of("llama31"), codec(stops), [prompt], **options)
+    return completion
+
+
+def ended_by_eos(*places: int) -> tuple[Completion, Completion]:
+    """Where the tokens at these places are EOS ids, as it is and as it should be."""
+    _, tokens = eight()
+    kept = tokens[: min(places)]
+    return completed([tokens[place] for place in places]), Completion(spelled(kept), kept, True)
+
+
+@pytest.mark.parametrize("places", [(6,), (6, 3), (0, 3)])
+def test_any_eos_id_ends_an_answer_and_stays_out_of_it(places: tuple[int, ...]) -> None:
+    actual, expected = ended_by_eos(*places)
+    assert actual == expected
+
+
+def within_budget(budget: int) -> tuple[Completion, Completion]:
+    """The EOS takes up one of the new tokens: it stands at place 7 here, and only a budget of 7 reaches it."""
+    _, tokens = eight()
+    kept = tokens[: min(budget, 6)]
+    return completed({tokens[6]}, max_new_tokens=budget), Completion(spelled(kept), kept, budget == 7)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 6, 7])
-def test_no_more_than_max_new_tokens(model: tuple[Config, Params], budget: int) -> None:
-    """The EOS takes up one of them: it stands at place 7 here, and only the last budget reaches it."""
-    prompt, tokens = free_run(model)
-    (completion,) = completions(*model, codec({tokens[6]}), [prompt], max_new_tokens=budget)
-    kept = tokens[: min(budget, 6)]
-    assert completion == Completion(spelled(kept), kept, budget == 7)
+def test_no_more_than_max_new_tokens(budget: int) -> None:
+    actual, expected = within_budget(budget)
+    assert actual == expected
 
 
-@pytest.mark.parametrize(("start", "end"), [(4, 6), (4, 8), (5, 8), (5, 7), (5, 6), (0, 3)])
-def test_a_stop_string_is_cut_off_wherever_token_borders_lie(
-    model: tuple[Config, Params], start: int, end: int
-) -> None:
-    prompt, tokens = free_run(model)
+def cut_at_a_stop_string(start: int, end: int) -> tuple[Completion, Completion]:
+    """Where the characters from `start` to `end` of the answer are a stop string."""
+    _, tokens = eight()
     text = spelled(tokens)
     stop = text[start:end]
     reached = (text.index(stop) + len(stop) + 1) // 2  # two characters a token
-    (completion,) = completions(*model, codec(), [prompt], stop=("nowhere", stop))
-    assert completion == Completion(text[: text.index(stop)], tokens[:reached], True)
+    return completed(stop=("nowhere", stop)), Completion(text[: text.index(stop)], tokens[:reached], True)
 
 
-def test_the_first_stop_string_in_the_text_counts(model: tuple[Config, Params]) -> None:
-    prompt, tokens = free_run(model)
+@pytest.mark.parametrize(("start", "end"), [(4, 6), (4, 8), (5, 8), (5, 7), (5, 6), (0, 3)])
+def test_a_stop_string_is_cut_off_wherever_token_borders_lie(start: int, end: int) -> None:
+    actual, expected = cut_at_a_stop_string(start, end)
+    assert actual == expected
+
+
+def cut_at_the_first_of_two() -> tuple[Completion, Completion]:
+    """Both stop strings are complete with the same token; the second of them begins earlier."""
+    _, tokens = eight()
     text = spelled(tokens)
-    stops = (text[6:8], text[5:8])  # both are complete with the same token; the second begins earlier
-    (completion,) = completions(*model, codec(), [prompt], stop=stops)
-    assert completion == Completion(text[:5], tokens[:4], True)
+    return completed(stop=(text[6:8], text[5:8])), Completion(text[:5], tokens[:4], True)
+
+
+def test_the_first_stop_string_in_the_text_counts() -> None:
+    actual, expected = cut_at_the_first_of_two()
+    assert actual == expected
 
 
 def test_half_a_stop_string_is_text(model: tuple[Config, Params]) -> None:

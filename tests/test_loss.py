@@ -4,12 +4,14 @@ Shown here: which positions count, what is averaged over what, and that nothing 
 """
 
 import math
+from collections.abc import Collection
 
 import pytest
 import torch
+from compare import relative
 from torch import Tensor
 
-from lfu.loss import IGNORED, consistency_loss, predicts, sft_loss
+from lfu.loss import IGNORED, NORMS, consistency_loss, predicts, sft_loss
 
 LABELS = torch.tensor(
     [
@@ -21,8 +23,8 @@ LABELS = torch.tensor(
 COUNTED = [(0, 2), (0, 3), (0, 4), (1, 0), (1, 3), (1, 4), (1, 5)]
 """(row, position) that predict a label: one place before it."""
 
-# Measured: at most 5e-16 relative.
-CLOSE = {"rtol": 1e-14, "atol": 0.0}
+CLOSE = 1e-14
+"""Relative error in float64. Measured: at most 5e-16."""
 
 
 def logits(seed: int = 0) -> Tensor:
@@ -37,26 +39,40 @@ def states(seed: int, layers: int = 3) -> list[Tensor]:
 # --- which positions ------------------------------------------------------------------------------
 
 
+def marked_and_expected() -> tuple[list, list]:
+    return [tuple(place) for place in predicts(LABELS).nonzero().tolist()], COUNTED
+
+
 def test_predicts_marks_the_position_before_each_label() -> None:
-    mask = predicts(LABELS)
-    assert mask.dtype == torch.bool
-    assert mask.shape == LABELS.shape
-    assert [tuple(place) for place in mask.nonzero().tolist()] == COUNTED
+    marked, expected = marked_and_expected()
+    assert marked == expected
+    assert predicts(LABELS).dtype == torch.bool
+    assert predicts(LABELS).shape == LABELS.shape
+
+
+def marked_and_expected_where_all_is_labelled() -> tuple[list, list]:
+    return predicts(torch.zeros(2, 4, dtype=torch.int64)).tolist(), [[True, True, True, False]] * 2
 
 
 def test_the_last_position_predicts_nothing_even_when_every_token_is_labelled() -> None:
-    assert predicts(torch.zeros(2, 4, dtype=torch.int64)).tolist() == [[True, True, True, False]] * 2
+    marked, expected = marked_and_expected_where_all_is_labelled()
+    assert marked == expected
 
 
 # --- SFT ------------------------------------------------------------------------------------------
 
 
-def test_sft_loss_is_the_mean_over_all_labelled_tokens_of_the_batch() -> None:
+def sft_loss_error() -> float:
+    """Relative distance from a loop over all labelled tokens of the batch."""
     z, total = logits(), 0.0
     for row, t in COUNTED:
         partition = sum(math.exp(value) for value in z[row, t].tolist())
         total += math.log(partition) - z[row, t, LABELS[row, t + 1]].item()
-    torch.testing.assert_close(sft_loss(z, LABELS).item(), total / len(COUNTED), **CLOSE)
+    return relative(sft_loss(z, LABELS).item(), total / len(COUNTED))
+
+
+def test_sft_loss_is_the_mean_over_all_labelled_tokens_of_the_batch() -> None:
+    assert sft_loss_error() < CLOSE
 
 
 def test_sft_loss_is_the_loss_of_transformers() -> None:
@@ -95,10 +111,11 @@ def test_a_batch_without_labels_has_no_loss() -> None:
 
 # --- consistency ----------------------------------------------------------------------------------
 
+LAYERS = (None, {1}, {2, 3}, [3, 1, 3])
 
-@pytest.mark.parametrize("norm", ["mean", "sum"])
-@pytest.mark.parametrize("layers", [None, {1}, {2, 3}, [3, 1, 3]])
-def test_consistency_loss_is_the_mean_over_positions_and_chosen_blocks(layers: list[int] | None, norm: str) -> None:
+
+def consistency_loss_error(layers: Collection[int] | None, norm: str) -> float:
+    """Relative distance from a loop over positions and chosen blocks."""
     h, perturbed, chosen = states(1), states(2), set(layers or (1, 2, 3))
     total = 0.0
     for number in chosen:
@@ -107,15 +124,27 @@ def test_consistency_loss_is_the_mean_over_positions_and_chosen_blocks(layers: l
             distance = sum((a - b) ** 2 for a, b in pairs)
             total += distance / 5 if norm == "mean" else distance
     value = consistency_loss(h, perturbed, predicts(LABELS), layers=layers, norm=norm)
-    torch.testing.assert_close(value.item(), total / len(COUNTED) / len(chosen), **CLOSE)
+    return relative(value.item(), total / len(COUNTED) / len(chosen))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+def test_consistency_loss_is_the_mean_over_positions_and_chosen_blocks(layers: list[int] | None, norm: str) -> None:
+    assert consistency_loss_error(layers, norm) < CLOSE
+
+
+def leaks() -> int:
+    """How many of the states h let a gradient through."""
+    h, perturbed = ([state.requires_grad_() for state in states(seed)] for seed in (1, 2))
+    loss = consistency_loss(h, perturbed, predicts(LABELS))
+    return sum(gradient is not None for gradient in torch.autograd.grad(loss, h, allow_unused=True))
 
 
 def test_consistency_loss_differentiates_the_perturbed_states_alone_and_only_where_they_predict() -> None:
     h, perturbed = ([state.requires_grad_() for state in states(seed)] for seed in (1, 2))
     loss = consistency_loss(h, perturbed, predicts(LABELS), layers={1, 3})
-    through_h = torch.autograd.grad(loss, h, allow_unused=True, retain_graph=True)
     through_perturbed = torch.autograd.grad(loss, perturbed, allow_unused=True)
-    assert through_h == (None, None, None)
+    assert leaks() == 0
     assert through_perturbed[1] is None
     for number in (1, 3):
         assert torch.equal(through_perturbed[number - 1].abs().sum(dim=-1) > 0, predicts(LABELS))

@@ -1,17 +1,18 @@
 """The decoder is the one transformers computes: block by block, for every supported kind of model.
 
-For each feature there is a mutant, the decoder without it, that must miss the tolerance a hundredfold: so the
-comparison would notice. Then what lfu adds to the decoder: steering, difference-exact products, decoding with a cache.
+That the comparison would notice a missing feature is shown in `mutants/table.py`. Then what lfu adds to the decoder:
+steering, difference-exact products, decoding with a cache.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from compare import cosine, gap, relative
 from safetensors.torch import load_file, save_file
 from tiny import (
     KINDS,
@@ -29,11 +30,9 @@ from torch import Tensor
 from lfu import InputError, model, steering
 from lfu.checkpoint import read_json
 from lfu.model import (
-    Attend,
     Cache,
     Config,
     Layer,
-    Linear,
     Llama3Scaling,
     Params,
     Steering,
@@ -74,12 +73,20 @@ def distance(ours: Outputs, theirs: Outputs) -> float:
     return max(gap(a, b) for a, b in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True))
 
 
-def gap(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
 def tokens_for(config: Config) -> Tensor:
     return random_tokens(config, 2, LENGTH)
+
+
+@cache
+def expected(kind: str, dtype: torch.dtype) -> tuple[Params, Outputs]:
+    """The weights of a transformers model, and what it computes."""
+    config, reference = tiny_config(kind), reference_model(kind, dtype=dtype)
+    return model.assemble(config, reference.state_dict()), reference_outputs(reference, tokens_for(config))
+
+
+def transformers_error(kind: str, dtype: torch.dtype = torch.float32) -> float:
+    config, (params, outputs) = tiny_config(kind), expected(kind, dtype)
+    return distance(forward(config, params, tokens_for(config)), outputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -88,148 +95,33 @@ def test_equals_transformers(kind: str, dtype: torch.dtype, folder_of: Callable[
     assert config == tiny_config(kind)
     ours = forward(config, params, tokens_for(config))
     assert {tensor.dtype for tensor in [ours[0], *ours[1]]} == {dtype}
-    assert distance(ours, reference_outputs(reference_model(kind, dtype=dtype), tokens_for(config))) < TOLERANCE
-
-
-Mutant = Callable[[pytest.MonkeyPatch, Config, Params], tuple[Config, Params]]
-
-
-def setting(**changes: Any) -> Mutant:
-    """The decoder with another configuration."""
-    return lambda patch, config, params: (config._replace(**changes), params)
-
-
-def weights(change: Callable[[Params], Params]) -> Mutant:
-    """The decoder with other weights."""
-    return lambda patch, config, params: (config, change(params))
-
-
-def code(name: str, mutate: Callable[[Callable], Callable]) -> Mutant:
-    """The decoder with another function in the place of `model.name`."""
-
-    def mutant(patch: pytest.MonkeyPatch, config: Config, params: Params) -> tuple[Config, Params]:
-        patch.setattr(model, name, mutate(getattr(model, name)))
-        return config, params
-
-    return mutant
-
-
-def every_layer(change: Callable[[Layer], dict[str, Tensor | None]]) -> Mutant:
-    return weights(lambda params: params._replace(layers=[layer._replace(**change(layer)) for layer in params.layers]))
-
-
-def without_norm_weight(name: str) -> Mutant:
-    return every_layer(lambda layer: {name: torch.ones_like(getattr(layer, name))})
-
-
-def interleaved(rotate: Callable) -> Callable:
-    """Turn the pairs (x_2i, x_2i+1), as Meta's own files are laid out."""
-
-    def rotate_interleaved(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in rotary)
-        return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin
-
-    return rotate_interleaved
-
-
-def backwards(rotate: Callable) -> Callable:
-    return lambda x, rotary: rotate(x, (rotary[0], -rotary[1]))
-
-
-def tiled(causal_attention: Callable) -> Callable:
-    """Query head i reads key/value head i mod G."""
-
-    def attention(config: Config, *args: Any) -> Attend:
-        attend, groups = causal_attention(config, *args), config.num_attention_heads // config.num_key_value_heads
-        return lambda q, k, v: attend(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1))
-
-    return attention
-
-
-def seeing_ahead(causal_attention: Callable) -> Callable:
-    return lambda *_: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-def in_bfloat16(rotary_tables: Callable) -> Callable:
-    return lambda config, positions, dtype: tuple(t.to(dtype) for t in rotary_tables(config, positions, torch.bfloat16))
-
-
-def head_norms_last(block: Callable) -> Callable:
-    """Rotation first, head norms second: equal only where a norm's weight is the same for both halves of a pair."""
-
-    def mutant(config: Config, layer: Layer, x: Tensor, rotary: Any, linear: Linear, attend: Attend) -> Tensor:
-        def attend_normed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            eps = config.rms_norm_eps
-            return attend(model.rms_norm(q, layer.q_norm, eps), model.rms_norm(k, layer.k_norm, eps), v)
-
-        return block(config, layer._replace(q_norm=None, k_norm=None), x, rotary, linear, attend_normed)
-
-    return mutant
-
-
-def centred(rms_norm: Callable) -> Callable:
-    """LayerNorm without bias."""
-    return lambda x, weight, eps: rms_norm(x - x.mean(-1, keepdim=True), weight, eps)
-
-
-GROUPED = tuple(kind for kind in KINDS if kind != "llama2")
-QWEN3 = ("qwen3", "qwen3_untied")
-MUTANTS: dict[str, tuple[Sequence[str], Mutant]] = {
-    "epsilon of another model": (KINDS, setting(rms_norm_eps=1e-6)),
-    "theta of another model": (KINDS, setting(rope_theta=2e4)),
-    "no rope scaling": (["llama31"], setting(rope_scaling=None)),
-    "rope scaling of another context": (["llama31"], setting(rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 32))),
-    "rope scaling without a blend": (["llama31"], setting(rope_scaling=Llama3Scaling(8.0, 1.0, 1.0001, 64))),
-    "no window": (["mistral_v01"], setting(sliding_window=None)),
-    "window one longer": (["mistral_v01"], setting(sliding_window=25)),
-    "window one shorter": (["mistral_v01"], setting(sliding_window=23)),
-    "first norm's weight forgotten": (KINDS, without_norm_weight("input_layernorm")),
-    "second norm's weight forgotten": (KINDS, without_norm_weight("post_attention_layernorm")),
-    "final norm's weight forgotten": (KINDS, weights(lambda p: p._replace(norm=torch.ones_like(p.norm)))),
-    "norms exchanged": (
-        KINDS,
-        every_layer(
-            lambda w: {"input_layernorm": w.post_attention_layernorm, "post_attention_layernorm": w.input_layernorm}
-        ),
-    ),
-    "gate and up exchanged": (KINDS, every_layer(lambda w: {"gate_proj": w.up_proj, "up_proj": w.gate_proj})),
-    "output layer tied": (["llama2", "qwen3_untied"], weights(lambda p: p._replace(lm_head=p.embed))),
-    "head norms skipped": (QWEN3, every_layer(lambda w: {"q_norm": None, "k_norm": None})),
-    "head norms exchanged": (QWEN3, every_layer(lambda w: {"q_norm": w.k_norm, "k_norm": w.q_norm})),
-    "head norm's weight forgotten": (QWEN3, without_norm_weight("k_norm")),
-    "head norms after rotation": (QWEN3, code("block", head_norms_last)),
-    "pairs interleaved": (KINDS, code("rotate", interleaved)),
-    "turned backwards": (KINDS, code("rotate", backwards)),
-    "no rotation": (KINDS, code("rotate", lambda rotate: lambda x, rotary: x)),
-    "rotary tables in bfloat16": (KINDS, code("rotary_tables", in_bfloat16)),
-    "key/value heads tiled": (GROUPED, code("causal_attention", tiled)),
-    "not causal": (KINDS, code("causal_attention", seeing_ahead)),
-    "mean removed": (KINDS, code("rms_norm", centred)),
-}
-
-
-@pytest.mark.parametrize("kind, name", [(kind, name) for name, (kinds, _) in MUTANTS.items() for kind in kinds])
-def test_notices(kind: str, name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    config, params = load(folder_of(kind))
-    right = forward(config, params, tokens_for(config))
-    config, params = MUTANTS[name][1](monkeypatch, config, params)
-    assert distance(forward(config, params, tokens_for(config)), right) > 100 * TOLERANCE
+    assert distance(ours, expected(kind, dtype)[1]) < TOLERANCE
+    assert transformers_error(kind, dtype) < TOLERANCE
 
 
 # --- rotary frequencies -----------------------------------------------------------------------------------------------
 
 
+LLAMA31 = LLAMA2._replace(head_dim=128, rope_theta=5e5, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192))
+GOLDEN = {28: 0.00321144611, 29: 0.00216657063, 32: 0.000524846022, 35: 9.5562122e-05, 63: 3.06892588e-07}
+"""Rotary frequencies of the published model."""
+PUBLISHED = 1e-7
+"""Relative error of a frequency: half a unit of float32's last place is 6e-8."""
+
+
+def frequency_error() -> float:
+    frequencies = model.inverse_frequencies(LLAMA31)
+    return max(relative(frequencies[index].item(), value) for index, value in GOLDEN.items())
+
+
 def test_inverse_frequencies_of_llama31() -> None:
     """The published values at full size: short sequences hardly feel the scaling, so logits alone would not show it."""
-    config = LLAMA2._replace(head_dim=128, rope_theta=5e5, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192))
-    scaled, plain = (model.inverse_frequencies(c).double() for c in (config, config._replace(rope_scaling=None)))
+    scaled, plain = (model.inverse_frequencies(c).double() for c in (LLAMA31, LLAMA31._replace(rope_scaling=None)))
     assert torch.equal(scaled[:29], plain[:29])
     torch.testing.assert_close(scaled[35:], plain[35:] / 8, rtol=0, atol=0)
     ratios = torch.tensor([0.8282, 0.6437, 0.4935, 0.3711, 0.2714, 0.1902], dtype=torch.float64)
     torch.testing.assert_close((scaled / plain)[29:35], ratios, rtol=0, atol=6e-5)  # printed with four digits
-    golden = {28: 0.00321144611, 29: 0.00216657063, 32: 0.000524846022, 35: 9.5562122e-05, 63: 3.06892588e-07}
-    for index, value in golden.items():
-        assert scaled[index].item() == pytest.approx(value, rel=1e-7)  # half a unit of float32's last place is 6e-8
+    assert frequency_error() < PUBLISHED
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -400,12 +292,18 @@ def test_names_there_and_back(kind: str, folder_of: Callable[[str], Path]) -> No
 EXACT = 1e-12
 CACHED = ["llama31", "mistral_v01", "qwen3"]
 PROMPTS = [5, 40, 23]
+TOKEN_BY_TOKEN = [PROMPTS, *[[1, 1, 1]] * 8]
+ROOM = 80
 
 
 @pytest.fixture(params=CACHED)
 def exact(request: pytest.FixtureRequest) -> tuple[Config, Params, Tensor]:
+    return exact_model(request.param)
+
+
+def exact_model(kind: str) -> tuple[Config, Params, Tensor]:
     """A float64 model, and three rows of tokens that are longer than its window."""
-    config = tiny_config(request.param)
+    config = tiny_config(kind)
     return config, random_params(config, seed=3), random_tokens(config, len(PROMPTS), 48)
 
 
@@ -429,34 +327,44 @@ def feed(
     return decode(config, params, chunk, torch.tensor(counts), cache, adapters)
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_cached_decoding_equals_the_forward_pass(exact: tuple[Config, Params, Tensor], adapted: bool) -> None:
-    """Prompts of unequal length at once, then token by token: in a batch, alone, and without a cache."""
-    config, params, tokens = exact
+def decoding_error(kind: str, *, adapted: bool = False, chunks: Sequence[list[int]] = TOKEN_BY_TOKEN) -> float:
+    """How far the logits of cached decoding, in a batch, are from those of the forward pass over everything at once."""
+    config, params, tokens = exact_model(kind)
     adapters = [(random_lora(config, 2, seed=5), 2.0)] if adapted else []
     expected = forward(config, params, tokens, adapters)[0]
+    cache, ends, errors = empty_cache(config, params, len(PROMPTS), ROOM), [0 for _ in PROMPTS], []
+    for counts in chunks:
+        ends = [end + count for end, count in zip(ends, counts, strict=True)]
+        logits, cache = feed((config, params, tokens), cache, counts, max(counts), adapters)
+        errors += [gap(logits[row], expected[row, end - 1]) for row, end in enumerate(ends)]
+    return max(errors)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", CACHED)
+def test_cached_decoding_equals_the_forward_pass(kind: str, adapted: bool) -> None:
+    """Prompts of unequal length at once, then token by token."""
+    assert decoding_error(kind, adapted=adapted) < EXACT
+
+
+@pytest.mark.parametrize("kind", CACHED)
+def test_cached_decoding_in_chunks(kind: str) -> None:
+    """Of unequal length in every row. The cache has room for the filler too."""
+    assert decoding_error(kind, chunks=[[3, 9, 1], [1, 1, 10], [12, 2, 30], [1, 36, 7]]) < EXACT
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_batch_decodes_as_its_rows_alone(exact: tuple[Config, Params, Tensor], adapted: bool) -> None:
+    config, params, tokens = exact
+    adapters = [(random_lora(config, 2, seed=5), 2.0)] if adapted else []
     cache = empty_cache(config, params, len(PROMPTS), tokens.shape[1])
     alone = [empty_cache(config, params, 1, tokens.shape[1]) for _ in PROMPTS]
-    for counts in [PROMPTS, *[[1, 1, 1]] * 8]:
+    for counts in TOKEN_BY_TOKEN:
         logits, cache = feed(exact, cache, counts, max(counts), adapters)
         for row, count in enumerate(counts):
-            end = int(cache.lengths[row])
-            assert gap(logits[row], expected[row, end - 1]) < EXACT
             row_logits, alone[row] = feed((config, params, tokens[row : row + 1]), alone[row], [count], count, adapters)
-            assert gap(row_logits[0], expected[row, end - 1]) < EXACT
+            assert gap(row_logits[0], logits[row]) < EXACT
     assert cache.lengths.tolist() == [length + 8 for length in PROMPTS]
-
-
-def test_cached_decoding_in_chunks(exact: tuple[Config, Params, Tensor]) -> None:
-    """Of unequal length in every row. The cache has room for the filler too."""
-    config, params, tokens = exact
-    expected = forward(config, params, tokens)[0]
-    cache = empty_cache(config, params, 3, 80)
-    for counts in [[3, 9, 1], [1, 1, 10], [12, 2, 30], [1, 36, 7]]:
-        logits, cache = feed(exact, cache, counts, max(counts))
-        for row, end in enumerate(cache.lengths.tolist()):
-            assert gap(logits[row], expected[row, end - 1]) < EXACT
-    assert cache.lengths.tolist() == [17, 48, 48]
 
 
 def test_a_cache_stays_valid_after_it_was_continued(exact: tuple[Config, Params, Tensor]) -> None:
@@ -499,8 +407,8 @@ def test_vectors_move_the_masked_positions_and_what_follows() -> None:
         assert torch.equal(moved, expected)
 
 
-def test_steering_is_addition_behind_each_block() -> None:
-    """Block by block: the trunk of one layer, then the vector, then the next."""
+def steered_and_by_hand() -> tuple[list[Tensor], list[Tensor]]:
+    """Block by block: the trunk of one layer, then the vector, then the next; and the logits."""
     config = tiny_config("mistral_v01")
     params, tokens = random_params(config, seed=1), tokens_for(config)
     mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -511,8 +419,11 @@ def test_steering_is_addition_behind_each_block() -> None:
         (x,) = trunk(config, params._replace(layers=[layer]), x)
         x = torch.where(mask[..., None], x + vector, x)
         by_hand.append(x)
-    assert all(torch.equal(a, b) for a, b in zip(hidden, by_hand, strict=True))
-    assert torch.equal(logits, model.unembed(config, params, x))
+    return [*hidden, logits], [*by_hand, model.unembed(config, params, x)]
+
+
+def test_steering_is_addition_behind_each_block() -> None:
+    assert all(torch.equal(a, b) for a, b in zip(*steered_and_by_hand(), strict=True))
 
 
 # --- difference-exact products ----------------------------------------------------------------------------------------
@@ -525,18 +436,31 @@ def perturbed(config: Config, params: Params, size: float, product: model.Produc
     return trunk(config, params, x + (size * noise).to(x.dtype), product=product)
 
 
+def relative_error(kind: str) -> float:
+    """How far the difference-exact products lead from the plain ones in float64, far from x₀ as well as near it."""
+    config = tiny_config(kind)
+    params, record, errors = random_params(config, seed=0), {}, []
+    for size in (1e-3, 1.0):
+        perturbed(config, params, 0.0, recording(record))
+        relative, ordinary = perturbed(config, params, size, relative_to(record)), perturbed(config, params, size)
+        errors += [gap(a, b) for a, b in zip(relative, ordinary, strict=True)]
+    return max(errors)
+
+
 def test_relative_products_are_products(kind: str) -> None:
-    """In float64 they agree to rounding: 4.2e-14 measured on states of size 12. Far from x₀ as well as near it."""
+    """To rounding: 4.2e-14 measured on states of size 12."""
+    assert relative_error(kind) < EXACT
+
+
+def test_every_product_is_recorded_and_used_once(kind: str) -> None:
     config = tiny_config(kind)
     params, record = random_params(config, seed=0), {}
     for size in (1e-3, 1.0):
         clean = perturbed(config, params, 0.0, recording(record))
         assert all(torch.equal(a, b) for a, b in zip(clean, perturbed(config, params, 0.0), strict=True))
         assert len(record) == 7 * config.num_hidden_layers
-        relative = perturbed(config, params, size, relative_to(record))
+        perturbed(config, params, size, relative_to(record))
         assert not record
-        ordinary = perturbed(config, params, size)
-        assert max(gap(a, b) for a, b in zip(relative, ordinary, strict=True)) < EXACT
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
@@ -555,10 +479,6 @@ def test_relative_products_keep_a_small_difference(kind: str, size: float) -> No
     for h0, h1, h2, difference in zip(clean, relative, rounded, truth, strict=True):
         assert cosine(h1 - h0, difference) > 0.999
         assert cosine(h2 - h0, difference) < {1e-2: 0.998, 1e-3: 0.85, 1e-4: 0.4}[size]
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    return F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
 
 
 def test_a_full_cache_says_so() -> None:

@@ -10,8 +10,10 @@ from functools import cache, partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from compare import distance, flat, relative
 from tiny import random_params, tiny_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -77,14 +79,6 @@ def noise(
     return gradient, {"rows": batch.tokens[:, 0].double().mean()}
 
 
-def flat(tree: Any) -> Tensor:
-    return torch.cat([leaf.flatten() for leaf in tree_leaves(tree)])
-
-
-def distance(actual: Any, expected: Any) -> float:
-    return float((flat(actual) - flat(expected)).norm() / flat(expected).norm())
-
-
 def gradients_of(
     method: Method, settings: Settings, examples: list[Example], *, steps: int
 ) -> tuple[list[Tensor], Log]:
@@ -120,18 +114,35 @@ def test_the_schedule_of_the_published_gsm8k_run() -> None:
     assert rates[-1] > 0.0
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(1404, 0.1), (10, 0.1), (7, 0.0), (9, 0.5), (3, 1.0), (1, 0.1)])
-def test_the_schedule_is_that_of_transformers(steps: int, warmup: float) -> None:
+RUNS = [(1404, 0.1), (10, 0.1), (7, 0.0), (9, 0.5), (3, 1.0), (1, 0.1)]
+"""(steps, warm-up) of a few runs."""
+SCHEDULED = 1e-12
+"""Relative error of a learning rate. Measured: 4e-14, at the foot of the cosine."""
+
+
+def schedule_error(steps: int, warmup: float) -> float:
+    """The largest relative distance of a learning rate from that of transformers' schedule."""
+    settings = Settings(warmup=warmup)
+    rates = rates_of_transformers(steps, warmup)
+    return max(relative(learning_rate(step, steps, settings), rate) for step, rate in enumerate(rates))
+
+
+@cache
+def rates_of_transformers(steps: int, warmup: float) -> list[float]:
     from transformers import get_cosine_schedule_with_warmup
 
-    settings = Settings(warmup=warmup)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps)
-    for step in range(steps):
-        # Measured: 4e-14, at the foot of the cosine.
-        assert learning_rate(step, steps, settings) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=0)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=Settings().learning_rate)
+    schedule, rates = get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps), []
+    for _ in range(steps):
+        rates += schedule.get_last_lr()
         optimizer.step()
         schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize(("steps", "warmup"), RUNS)
+def test_the_schedule_is_that_of_transformers(steps: int, warmup: float) -> None:
+    assert schedule_error(steps, warmup) < SCHEDULED
 
 
 def test_the_first_update_leaves_the_weights_unchanged_and_the_second_does_not() -> None:
@@ -145,46 +156,64 @@ def test_the_first_update_leaves_the_weights_unchanged_and_the_second_does_not()
     assert (flat(task) != start).all()
 
 
-def test_every_epoch_takes_every_row_once_and_keeps_the_last_partial_step() -> None:
+def rows_taken() -> tuple[list[int], Log]:
+    """The rows that two epochs over ten rows take, four a step, and what the loop logs."""
     taken: list[int] = []
 
     def method(config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator) -> Any:
         taken.extend(batch.tokens[:, 0].tolist())
         return noise(config, base, task, batch, generator)
 
-    examples, settings = rows(10), Settings(epochs=2, batch_size=4, micro_batch_size=3)
-    _, log = gradients_of(method, settings, examples, steps=100)
+    settings = Settings(epochs=2, batch_size=4, micro_batch_size=3)
+    _, log = gradients_of(method, settings, rows(10), steps=100)
+    return taken, log
+
+
+def every_row_once_an_epoch() -> bool:
+    taken, _ = rows_taken()
+    return sorted(taken[:10]) == sorted(taken[10:]) == list(range(1, 11))
+
+
+def the_order_is_another_each_epoch() -> bool:
+    taken, _ = rows_taken()
+    return taken[:10] != taken[10:]
+
+
+def test_every_epoch_takes_every_row_once_and_keeps_the_last_partial_step() -> None:
+    taken, log = rows_taken()
+    assert every_row_once_an_epoch()
+    assert the_order_is_another_each_epoch()
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
     assert [entry["epoch"] for entry in log] == [1, 1, 1, 2, 2, 2]
-    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(1, 11))
-    assert taken[:10] != taken[10:]
-    lengths = {example.row: len(example.tokens) for example in examples}
+    lengths = {example.row: len(example.tokens) for example in rows(10)}
     assert log[2]["tokens"] == sum(lengths[row] for row in taken[8:10])
 
 
 # --- accumulation ---------------------------------------------------------------------------------
 
 
-def test_the_sft_step_does_not_depend_on_the_micro_batches() -> None:
+def accumulation_error(size: int) -> float:
+    """How far an SFT step in micro-batches is from one over the whole batch: gradient, loss and norm."""
     examples, method = rows(16), bind("sft", CONFIG, scale=2.0)[0]
     whole, metrics = sft_gradient(CONFIG, base(), new_task(), collate(examples), scale=2.0)
-    for size in (16, 4, 3, 1):
-        (gradient,), (entry,) = gradients_of(method, UNCLIPPED._replace(micro_batch_size=size), examples, steps=1)
-        assert distance(gradient, whole) < EXACT
-        assert entry["sft"] == pytest.approx(float(metrics["sft"]), rel=EXACT)
-        assert entry["gradient_norm"] == pytest.approx(float(global_norm(whole)), rel=EXACT)
+    (gradient,), (entry,) = gradients_of(method, UNCLIPPED._replace(micro_batch_size=size), examples, steps=1)
+    return max(
+        distance(gradient, whole),
+        relative(entry["sft"], float(metrics["sft"])),
+        relative(entry["gradient_norm"], float(global_norm(whole))),
+    )
 
 
-def test_a_mean_of_micro_batch_means_would_be_another_step() -> None:
-    examples = rows(16)
-    whole, _ = sft_gradient(CONFIG, base(), new_task(), collate(examples), scale=2.0)
-    means = [sft_gradient(CONFIG, base(), new_task(), collate([row]), scale=2.0)[0] for row in examples]
-    assert distance(sum(flat(mean) for mean in means) / len(means), whole) > 1e-2
+@pytest.mark.parametrize("size", [16, 4, 3, 1])
+def test_the_sft_step_does_not_depend_on_the_micro_batches(size: int) -> None:
+    assert accumulation_error(size) < EXACT
 
 
-@pytest.mark.parametrize("name", ["lfu-lora", "lfu-reps"])
-def test_the_lfu_step_is_the_weighted_sum_over_its_micro_batches(name: str) -> None:
-    """By hand: rows sorted by length, four at a time, each with its own fresh component and weighted by its tokens."""
+def weighted_sum_error(name: str) -> float:
+    """How far the LfU step is from the sum by hand.
+
+    Rows sorted by length, four at a time, each with its own fresh component and weighted by its tokens.
+    """
     examples, task, settings = rows(16), new_task(), UNCLIPPED._replace(seed=9)
     (gradient,), (entry,) = gradients_of(bind(name, CONFIG, scale=2.0, lam=0.2)[0], settings, examples, steps=1)
 
@@ -195,14 +224,19 @@ def test_the_lfu_step_is_the_weighted_sum_over_its_micro_batches(name: str) -> N
         part = [examples[row] for row in order[4 * index : 4 * index + 4]]
         aux: Any = torch.zeros(CONFIG.num_hidden_layers, CONFIG.hidden_size, dtype=torch.float64)
         if name == "lfu-lora":
-            generator = generator_for(settings, 0, index, torch.device("cpu"))
+            seed = np.random.SeedSequence([settings.seed, 0, index]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(seed))
             aux = tree_map(Tensor.double, lora.init(CONFIG, 2, generator=generator))
         g, metrics = lfu_gradient(CONFIG, base(), task, aux, collate(part), scale=2.0, alpha=0.1, lam=0.2)
         share = sum(example.supervised for example in part) / total
         expected += share * flat(g)
         consistency += share * float(metrics["consistency"])
-    assert distance(gradient, expected) < EXACT
-    assert entry["consistency"] == pytest.approx(consistency, rel=EXACT)
+    return max(distance(gradient, expected), relative(entry["consistency"], consistency))
+
+
+@pytest.mark.parametrize("name", ["lfu-lora", "lfu-reps"])
+def test_the_lfu_step_is_the_weighted_sum_over_its_micro_batches(name: str) -> None:
+    assert weighted_sum_error(name) < EXACT
 
 
 def test_the_lfu_step_depends_on_the_micro_batches() -> None:
@@ -215,8 +249,8 @@ def test_the_lfu_step_depends_on_the_micro_batches() -> None:
 # --- clipping -------------------------------------------------------------------------------------
 
 
-def test_the_accumulated_gradient_is_clipped_to_the_global_norm() -> None:
-    """Clipped as a whole, so its direction stays; clipped by micro-batch or by tensor, it would turn."""
+def clipping_error() -> float:
+    """How far a clipped step is from the whole one shortened: clipped by micro-batch or by tensor, it would turn."""
     examples = rows(16)
 
     def method(config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator) -> Any:
@@ -225,35 +259,51 @@ def test_the_accumulated_gradient_is_clipped_to_the_global_norm() -> None:
     (whole,), (entry,) = gradients_of(method, UNCLIPPED, examples, steps=1)
     (clipped,), (clipped_entry,) = gradients_of(method, Settings(max_grad_norm=0.5), examples, steps=1)
     length = float(whole.norm())
-    assert entry["gradient_norm"] == clipped_entry["gradient_norm"] == pytest.approx(length, rel=EXACT)
-    assert distance(clipped, whole * 0.5 / length) < EXACT
+    reported = [relative(log["gradient_norm"], length) for log in (entry, clipped_entry)]
+    return max(distance(clipped, whole * 0.5 / length), *reported)
 
 
-def test_a_short_gradient_is_left_alone() -> None:
+def test_the_accumulated_gradient_is_clipped_to_the_global_norm() -> None:
+    assert clipping_error() < EXACT
+
+
+def a_short_gradient_is_left_alone() -> bool:
     gradient = new_task()
     length = float(global_norm(gradient))
-    assert torch.equal(flat(clip(gradient, length, length)), flat(gradient))
+    return all(torch.equal(flat(clip(gradient, length, limit)), flat(gradient)) for limit in (length, 2 * length))
+
+
+def test_clipping_is_to_the_limit_and_leaves_a_short_gradient_alone() -> None:
+    assert a_short_gradient_is_left_alone()
+    gradient = new_task()
+    length = float(global_norm(gradient))
     assert float(global_norm(clip(gradient, length, length / 3))) == pytest.approx(length / 3, rel=EXACT)
 
 
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_updates_are_adamws_as_written_by_hand(weight_decay: float) -> None:
+def adamw_error(weight_decay: float) -> float:
+    """How far ten updates, one after the other, are from AdamW's as written by hand."""
     settings = Settings(epochs=5, batch_size=4, learning_rate=0.02, weight_decay=weight_decay, max_grad_norm=3.0)
     task, seen = new_task(), []
     w = flat(task).clone()
     optimizer = adamw(task, settings)
     optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([t.grad.flatten() for t in tree_leaves(task)])))
-    m = v = torch.zeros_like(w)
+    m, v, errors = torch.zeros_like(w), torch.zeros_like(w), []
     for t, entry in enumerate(train(CONFIG, base(), task, optimizer, rows(8), noise, settings), 1):
         g, rate = seen[-1], entry["learning_rate"]
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         w = w - rate * weight_decay * w - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-        assert distance(task, w) < EXACT
+        errors.append(distance(task, w))
     assert t == 10
     assert distance(new_task(), w) > 1e-2
+    return max(errors)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_updates_are_adamws_as_written_by_hand(weight_decay: float) -> None:
+    assert adamw_error(weight_decay) < EXACT
 
 
 # --- what is not finite ---------------------------------------------------------------------------
@@ -292,13 +342,23 @@ def test_a_real_overflow_is_noticed() -> None:
 # --- randomness and continuing --------------------------------------------------------------------
 
 
-def test_what_a_micro_batch_draws_depends_on_seed_step_and_index_alone() -> None:
-    def draw(seed: int, step: int, index: int, **other: Any) -> int:
-        generator = generator_for(Settings(seed=seed, **other), step, index, torch.device("cpu"))
-        return int(torch.randint(2**62, (), generator=generator))
+def draw(seed: int, step: int, index: int, **other: Any) -> int:
+    generator = generator_for(Settings(seed=seed, **other), step, index, torch.device("cpu"))
+    return int(torch.randint(2**62, (), generator=generator))
 
-    draws = {(s, t, i): draw(s, t, i) for s in (0, 1, 42) for t in (0, 1, 2) for i in (0, 1, 2)}
-    assert len(set(draws.values())) == len(draws)
+
+def draws_by_place() -> dict[tuple[int, int, int], int]:
+    """What is drawn for a few (seed, step, micro-batch)."""
+    return {(s, t, i): draw(s, t, i) for s in (0, 1, 42) for t in (0, 1, 2) for i in (0, 1, 2)}
+
+
+def all_draws_differ() -> bool:
+    return len(set(draws_by_place().values())) == len(draws_by_place())
+
+
+def test_what_a_micro_batch_draws_depends_on_seed_step_and_index_alone() -> None:
+    assert all_draws_differ()
+    draws = draws_by_place()
     torch.manual_seed(5)
     for (seed, step, index), value in draws.items():
         assert draw(seed, step, index, epochs=7, batch_size=2, learning_rate=1.0) == value

@@ -1,0 +1,720 @@
+"""Mistakes that a careful engineer could make, each with the check of the suite that catches it.
+
+In the order of lfu's own chapters. `make mutants` prints the table with the errors measured. Where a mistake concerns
+every kind of model, so does its check, and the smallest error counts.
+"""
+
+from mutants import checks
+from mutants.mutation import Check, Mutant
+
+Edit = tuple[str, str, str, Check]
+"""The mistake, the passage, what has become of it, and the check that catches it."""
+
+
+def mistakes_in(function: str, *edits: Edit) -> list[Mutant]:
+    return [Mutant(function, *edit) for edit in edits]
+
+
+MODEL = [
+    *mistakes_in(
+        "model.inverse_frequencies",
+        ("no rope scaling", "if config.rope_scaling is None:", "if True:", checks.decoder("llama31")),
+        (
+            "slow and fast frequencies exchanged",
+            "(1 - blend) * frequencies / factor + blend * frequencies",
+            "blend * frequencies / factor + (1 - blend) * frequencies",
+            checks.decoder("llama31"),
+        ),
+        ("scaling of another context", "turns = original", "turns = original / 2", checks.decoder("llama31")),
+        ("turns without 2π", " / (2 * math.pi)", "", checks.FREQUENCIES),
+        (
+            "no blend between slow and fast",
+            "((turns - low) / (high - low)).clamp(0, 1)",
+            "(turns > low).float()",
+            checks.FREQUENCIES,
+        ),
+        ("theta of another model", "config.rope_theta**", "2e4**", checks.ANY),
+        ("exponent of half the head", "/ config.head_dim", "/ (config.head_dim // 2)", checks.ANY),
+    ),
+    *mistakes_in(
+        "model.rotary_tables",
+        (
+            "angles in bfloat16",
+            "positions[..., None].float() * inverse_frequencies(config)",
+            "positions[..., None].bfloat16() * inverse_frequencies(config).bfloat16()",
+            checks.ANY,
+        ),
+        (
+            "each angle twice in a row, as for interleaved pairs",
+            "torch.cat([angles, angles], dim=-1)",
+            "angles.repeat_interleave(2, dim=-1)",
+            checks.ANY,
+        ),
+    ),
+    *mistakes_in(
+        "model.rotate",
+        (
+            "pairs interleaved",
+            "torch.cat([-second, first], dim=-1)",
+            "torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)",
+            checks.ANY,
+        ),
+        ("turned backwards", "[-second, first]", "[second, -first]", checks.ANY),
+        ("no rotation", "x * cos + torch.cat([-second, first], dim=-1) * sin", "x", checks.ANY),
+    ),
+    *mistakes_in(
+        "model.rms_norm",
+        ("epsilon of another model", "keepdim=True) + eps", "keepdim=True) + 1e-6", checks.ANY),
+        (
+            "epsilon outside the root",
+            "torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)",
+            "1 / (x.square().mean(-1, keepdim=True).sqrt() + eps)",
+            checks.WHOLE,
+        ),
+        ("weight forgotten", " * weight.to(x.dtype)", "", checks.ANY),
+        ("weight counted from 1, as in Gemma", "weight.to(x.dtype)", "(1 + weight.to(x.dtype))", checks.ANY),
+        ("mean removed", "x.square().mean(-1, keepdim=True)", "x.var(-1, keepdim=True)", checks.ANY),
+    ),
+    *mistakes_in(
+        "model.split_heads",
+        (
+            "features of the heads interleaved",
+            "x.unflatten(-1, (-1, head_dim)).transpose(1, 2)",
+            "x.unflatten(-1, (head_dim, -1)).permute(0, 3, 1, 2)",
+            checks.ANY,
+        ),
+    ),
+    *mistakes_in(
+        "model.causal_attention",
+        (
+            "key/value heads tiled",
+            "heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1)",
+            "heads.repeat(1, q.shape[1] // heads.shape[1], 1, 1)",
+            checks.decoder(*checks.GROUPED),
+        ),
+        ("not causal", "is_causal=mask is None", "is_causal=False", checks.decoder("llama2", "llama31", "qwen3")),
+        ("no window", "attn_mask=mask, is_causal=mask is None", "is_causal=True", checks.decoder("mistral_v01")),
+        ("scores not divided by √h", "is_causal=mask is None", "is_causal=mask is None, scale=1.0", checks.ANY),
+    ),
+    *mistakes_in(
+        "model.visible",
+        ("window one longer", "behind < window)", "behind <= window)", checks.decoder("mistral_v01")),
+        ("window one shorter", "behind < window)", "behind < window - 1)", checks.decoder("mistral_v01")),
+    ),
+    *mistakes_in(
+        "model.block",
+        ("head norms skipped", "if layer.q_norm is not None:", "if False:", checks.decoder(*checks.QWEN3)),
+        (
+            "head norms exchanged",
+            "rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)",
+            "rms_norm(q, layer.k_norm, config.rms_norm_eps), rms_norm(k, layer.q_norm, config.rms_norm_eps)",
+            checks.decoder(*checks.QWEN3),
+        ),
+        (
+            "head norms after rotation",
+            "q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)\n"
+            "    heads = attend(rotate(q, rotary), rotate(k, rotary), v)",
+            "eps, q, k = config.rms_norm_eps, rotate(q, rotary), rotate(k, rotary)\n"
+            "        q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)\n"
+            "    heads = attend(q, k, v)",
+            checks.decoder(*checks.QWEN3),
+        ),
+        ("values rotated too", "rotate(k, rotary), v)", "rotate(k, rotary), rotate(v, rotary))", checks.ANY),
+        (
+            "first norm's weight forgotten",
+            "layer.input_layernorm",
+            "torch.ones_like(layer.input_layernorm)",
+            checks.ANY,
+        ),
+        (
+            "second norm's weight forgotten",
+            "layer.post_attention_layernorm",
+            "torch.ones_like(layer.post_attention_layernorm)",
+            checks.ANY,
+        ),
+        (
+            "weight of the keys' norm forgotten",
+            "rms_norm(k, layer.k_norm,",
+            "rms_norm(k, torch.ones_like(layer.k_norm),",
+            checks.decoder(*checks.QWEN3),
+        ),
+        ("first norm takes the second's weight", "layer.input_layernorm", "layer.post_attention_layernorm", checks.ANY),
+        ("second norm takes the first's weight", "layer.post_attention_layernorm", "layer.input_layernorm", checks.ANY),
+        (
+            "gate and up exchanged",
+            'F.silu(linear("gate_proj", z)) * linear("up_proj", z)',
+            'F.silu(linear("up_proj", z)) * linear("gate_proj", z)',
+            checks.ANY,
+        ),
+        ("GELU in place of SiLU", "F.silu(", "F.gelu(", checks.ANY),
+        ("stream not carried past attention", 'x = x + linear("o_proj"', 'x = linear("o_proj"', checks.ANY),
+        ("stream not carried past the MLP", 'return x + linear("down_proj"', 'return linear("down_proj"', checks.ANY),
+    ),
+    *mistakes_in(
+        "model.unembed",
+        (
+            "final norm forgotten",
+            "rms_norm(h, params.norm, config.rms_norm_eps), params.lm_head",
+            "h, params.lm_head",
+            checks.ANY,
+        ),
+        ("final norm's weight forgotten", "params.norm,", "torch.ones_like(params.norm),", checks.ANY),
+        ("output layer always tied", "params.lm_head", "params.embed", checks.decoder(*checks.UNTIED)),
+    ),
+    *mistakes_in(
+        "model.trunk",
+        (
+            "h_l taken before the block",
+            "        x = block(config, layer, x,",
+            "        hidden.append(x)\n        x = block(config, layer, x,",
+            checks.part("consistency", *checks.BOTH),
+        ),
+        (
+            "h_l taken before its steering vector",
+            "        if steering is not None:\n"
+            "            x = x + steering.mask[..., None] * steering.vectors[index]\n"
+            "        hidden.append(x)\n",
+            "        hidden.append(x)\n"
+            "        if steering is not None:\n"
+            "            x = x + steering.mask[..., None] * steering.vectors[index]\n",
+            checks.part("consistency", "steering"),
+        ),
+        (
+            "steering before the block",
+            "        x = block(config, layer, x, rotary, adapted(layer, index, adapters, product), attend)\n"
+            "        if steering is not None:\n"
+            "            x = x + steering.mask[..., None] * steering.vectors[index]\n",
+            "        if steering is not None:\n"
+            "            x = x + steering.mask[..., None] * steering.vectors[index]\n"
+            "        x = block(config, layer, x, rotary, adapted(layer, index, adapters, product), attend)\n",
+            checks.part("ascent", "steering"),
+        ),
+        ("mask of steering forgotten", "steering.mask[..., None] * ", "", checks.part("whole", "steering")),
+        ("steering one position late", "steering.mask[", "steering.mask.roll(1, 1)[", checks.part("whole", "steering")),
+        ("vector of another block", "steering.vectors[index]", "steering.vectors[index - 1]", checks.STEERED),
+    ),
+    *mistakes_in(
+        "model.adapted",
+        ("scale forgotten", "scale * B)", "B)", checks.reading("other alpha")),
+        (
+            "last adapter only",
+            "y = y + F.linear(",
+            "y = product(index, name, x, getattr(layer, name)) + F.linear(",
+            checks.STACK,
+        ),
+        ("adapter of the next block", "lora[index][name]", "lora[index - 1][name]", checks.reading("published")),
+    ),
+    *mistakes_in(
+        "model.relative_to",
+        ("recorded product forgotten", "y0.to(x.dtype) + ", "", checks.RELATIVE),
+        ("recorded input forgotten", "(x - x0)", "x", checks.RELATIVE),
+        ("record of the first block", "record.pop((layer, name))", "record[0, name]", checks.RELATIVE),
+        (
+            "both passes rounded",
+            "y0.to(x.dtype) + F.linear((x - x0).to(W.dtype), W).to(x.dtype)",
+            "F.linear(x.to(W.dtype), W).to(x.dtype)",
+            checks.BFLOAT16,
+        ),
+    ),
+    *mistakes_in(
+        "model.decode",
+        (
+            "new tokens turned as if they were the first",
+            "rotary_tables(config, positions, x.dtype)",
+            "rotary_tables(config, positions - cache.lengths[:, None], x.dtype)",
+            checks.decoding("llama31"),
+        ),
+        (
+            "new tokens turned one position too far",
+            "rotary_tables(config, positions, x.dtype)",
+            "rotary_tables(config, positions + (cache.lengths[:, None] > 0), x.dtype)",
+            checks.decoding("llama31"),
+        ),
+        ("no window", "config.sliding_window)", "None)", checks.decoding("mistral_v01")),
+        ("logits behind the filler", "x[rows[:, 0], counts - 1]", "x[:, -1]", checks.decoding("qwen3")),
+        ("filler counted", "cache.lengths + counts", "cache.lengths + tokens.shape[1]", checks.decoding("qwen3")),
+        (
+            "keys cached as values",
+            "values[rows, :, positions] = v.transpose(1, 2)",
+            "values[rows, :, positions] = k.transpose(1, 2)",
+            checks.decoding("llama31"),
+        ),
+    ),
+]
+
+LORA = [
+    *mistakes_in(
+        "lora.init",
+        (
+            "A wider by √3, Kaiming without its gain",
+            "-1 / math.sqrt(in_), 1 / math.sqrt(in_)",
+            "-math.sqrt(3 / in_), math.sqrt(3 / in_)",
+            checks.DRAWN,
+        ),
+        (
+            "A normal",
+            "uniform_(-1 / math.sqrt(in_), 1 / math.sqrt(in_), generator=generator)",
+            "normal_(0, 1 / math.sqrt(in_), generator=generator)",
+            checks.DRAWN,
+        ),
+        ("B not zero", "torch.zeros(out, rank,", "torch.ones(out, rank,", checks.FRESH),
+    ),
+    *mistakes_in(
+        "lora.stack",
+        ("all at the scale of the first", "scale * B", "adapters[0][1] * B", checks.STACK),
+        ("scale twice", "strict=True)], 1.0", "strict=True)], adapters[0][1]", checks.STACK),
+    ),
+    *mistakes_in(
+        "lora.joined",
+        (
+            "A of the second forgotten",
+            "torch.cat([A for A, _ in both])",
+            "torch.cat([both[0].A[torch.arange(len(A)) % len(both[0].A)] for A, _ in both])",
+            checks.STACK,
+        ),
+    ),
+    *mistakes_in(
+        "lora.merge",
+        ("scale forgotten", "scale * (", "(", checks.MERGED),
+        (
+            "rounded twice",
+            "(W.to(stream) + scale * (pair.B.to(stream) @ pair.A.to(stream))).to(W.dtype)",
+            "W + (scale * (pair.B.to(stream) @ pair.A.to(stream))).to(W.dtype)",
+            checks.MISROUNDED,
+        ),
+        (
+            "multiplied in the dtype of W",
+            "pair.B.to(stream) @ pair.A.to(stream)",
+            "pair.B.to(W.dtype) @ pair.A.to(W.dtype)",
+            checks.MISROUNDED,
+        ),
+    ),
+    *mistakes_in(
+        "lora.load",
+        (
+            "scale α in place of α / r",
+            '(math.sqrt(rank) if options.get("use_rslora") else rank)',
+            "1",
+            checks.reading("other alpha"),
+        ),
+        (
+            "scale α / r where α / √r is meant",
+            'math.sqrt(rank) if options.get("use_rslora") else rank',
+            "rank",
+            checks.reading("rslora"),
+        ),
+    ),
+]
+
+LOSS = [
+    *mistakes_in(
+        "loss.predicts",
+        (
+            "mask unshifted",
+            "F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)",
+            "labels != IGNORED",
+            checks.PREDICTS,
+        ),
+        (
+            "the last position predicts the first label",
+            "F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)",
+            "labels.roll(-1, 1) != IGNORED",
+            checks.LAST,
+        ),
+    ),
+    *mistakes_in(
+        "loss.sft_loss",
+        (
+            "labels unshifted",
+            "logits[mask], targets(labels)",
+            "logits[mask.roll(1, 1)], targets(labels)",
+            checks.part("sft", "lora"),
+        ),
+        ("sum in place of mean", "targets(labels))", 'targets(labels), reduction="sum")', checks.SFT_LOSS),
+        (
+            "mean over prompts and padding too",
+            "targets(labels))",
+            "targets(labels)) * mask.double().mean()",
+            checks.SFT_LOSS,
+        ),
+        (
+            "mean of the rows' means",
+            "return F.cross_entropy(logits[mask], targets(labels))",
+            "rows = [F.cross_entropy(logits[i, mask[i]], labels[i, 1:][mask[i, :-1]]) for i in range(2)]\n"
+            "    return torch.stack(rows).mean()",
+            checks.SFT_LOSS,
+        ),
+        ("bits in place of nats", "targets(labels))", "targets(labels)) / 0.6931471805599453", checks.SFT_LOSS),
+    ),
+    *mistakes_in(
+        "loss.consistency_loss",
+        ("h carries a gradient", "h.detach()", "h", checks.LEAKS),
+        (
+            "the perturbed side detached",
+            "h.detach() - h_perturbed",
+            "h - h_perturbed.detach()",
+            checks.part("consistency", *checks.BOTH),
+        ),
+        ("one position late", ")[mask]", ")[mask.roll(1, 1)]", checks.part("consistency", *checks.BOTH)),
+        ("prompts and padding too", ")[mask]", ")", checks.part("consistency", *checks.BOTH)),
+        ("not squared", ".square()", ".abs()", checks.consistency_loss(None, "mean")),
+        ("sum over blocks", "]).mean()", "]).sum()", checks.BLOCKS),
+        (
+            "blocks off by one",
+            "hidden[i - 1], perturbed[i - 1]",
+            "hidden[i - 2], perturbed[i - 2]",
+            checks.consistency_loss(frozenset({2, 3}), "mean"),
+        ),
+        (
+            "the printed sum computed as a mean",
+            'torch.mean if norm == "mean" else torch.sum',
+            "torch.mean",
+            checks.consistency_loss(None, "sum"),
+        ),
+        ("sum over positions", "dim=-1).mean()", "dim=-1).sum()", checks.consistency_loss(None, "mean")),
+    ),
+    *mistakes_in(
+        "loss.chosen_layers",
+        ("blocks chosen by hand ignored", "sorted(set(layers))", "list(range(1, count + 1))", checks.CHOSEN),
+    ),
+]
+
+STEP = [
+    *mistakes_in(
+        "train.sft_gradient",
+        ("scale forgotten", "(task, scale)", "(task, 1.0)", checks.part("sft", "lora")),
+    ),
+    *mistakes_in(
+        "train.lfu_gradient",
+        (
+            "gradient through h",
+            "consistency_loss(hidden, perturbed, mask, layers=layers, norm=norm), ()",
+            "torch.stack([(h - p)[mask].square().mean() for h, p in zip("
+            "trunk(config, base, x, [(task, scale)]), perturbed)]).mean(), ()",
+            checks.part("consistency", *checks.BOTH),
+        ),
+        (
+            "gradient through the ascent",
+            "        perturbed = trunk(config, base, x, *with_aux(task, undesirable), relative_to(record))\n",
+            "        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):\n"
+            "            moving = ascend(aux, torch.func.grad(lambda aux: objective(task, aux)[0])(aux), alpha)\n"
+            "            perturbed = trunk(config, base, x, *with_aux(task, moving), relative_to(record))\n",
+            checks.SLOPE,
+        ),
+        (
+            "auxiliary component left where it started",
+            "trunk(config, base, x, *with_aux(task, undesirable)",
+            "trunk(config, base, x, *with_aux(task, aux)",
+            checks.part("consistency", *checks.BOTH),
+        ),
+        (
+            "θ held still in the perturbed pass",
+            "*with_aux(task, undesirable)",
+            "*with_aux(tree_map(torch.Tensor.detach, task), undesirable)",
+            checks.part("consistency", *checks.BOTH),
+        ),
+        (
+            "steering at every position",
+            "Steering(aux, mask)",
+            "Steering(aux, torch.ones_like(mask))",
+            checks.part("whole", "steering"),
+        ),
+        ("auxiliary LoRA without its scale", "(aux, scale)", "(aux, 1.0)", checks.part("whole", "lora")),
+        ("λ squared", "g + lam * c", "g + lam * lam * c", checks.WHOLE),
+        ("λ on the SFT gradient too", "g + lam * c", "lam * (g + c)", checks.WHOLE),
+        ("λ and 1 - λ", "g + lam * c", "(1 - lam) * g + lam * c", checks.WHOLE),
+        ("consistency driven up", "g + lam * c", "g - lam * c", checks.WHOLE),
+        ("choice of blocks not handed on", "layers=layers", "layers=None", checks.CHOSEN),
+        ("norm after the step reported", "global_norm(g_aux)}", "global_norm(undesirable)}", checks.METRICS),
+        ("consistency reported with its weight", '"consistency": cons', '"consistency": lam * cons', checks.METRICS),
+    ),
+    *mistakes_in(
+        "train.ascend",
+        ("descent", "a + (alpha", "a - (alpha", checks.WHOLE),
+        ("not normalised", "(alpha / length) * g", "alpha * g", checks.part("consistency", *checks.BOTH)),
+        (
+            "one norm per tensor",
+            "(alpha / length) * g",
+            "(alpha / torch.linalg.vector_norm(g, dim=-1, keepdim=True).clamp(min=1e-30)) * g",
+            checks.part("consistency", *checks.BOTH),
+        ),
+        ("sign of the gradient", "(alpha / length) * g", "alpha * g.sign()", checks.part("consistency", *checks.BOTH)),
+        ("squared norm", "(alpha / length) * g", "(alpha / length**2) * g", checks.part("consistency", *checks.BOTH)),
+    ),
+    *mistakes_in(
+        "train.global_norm",
+        (
+            "sum of the tensors' norms",
+            "torch.linalg.vector_norm(torch.stack(",
+            "torch.sum(torch.stack(",
+            checks.part("consistency", "lora"),
+        ),
+    ),
+    *mistakes_in(
+        "methods.lfu_lora",
+        (
+            "the same auxiliary LoRA for every batch",
+            "generator=generator",
+            "generator=torch.Generator().manual_seed(0)",
+            checks.weighted_sum("lfu-lora"),
+        ),
+    ),
+]
+
+LOOP = [
+    *mistakes_in(
+        "train.step_gradient",
+        (
+            "weighted by rows",
+            "sum(example.supervised for example in micro_batch) / total",
+            "len(micro_batch) / len(examples)",
+            checks.ACCUMULATION,
+        ),
+        (
+            "weighted by all tokens, prompts included",
+            "sum(example.supervised for example in micro_batch) / total",
+            "sum(len(e.tokens) for e in micro_batch) / sum(len(e.tokens) for e in examples)",
+            checks.ACCUMULATION,
+        ),
+        (
+            "mean of the micro-batches' means",
+            "sum(example.supervised for example in micro_batch) / total",
+            "1 / math.ceil(len(examples) / settings.micro_batch_size)",
+            checks.ACCUMULATION,
+        ),
+        (
+            "last micro-batch in place of their sum",
+            "tree_map(partial(torch.add, alpha=weight), gradient, part)",
+            "part",
+            checks.ACCUMULATION,
+        ),
+        (
+            "loss of the last micro-batch reported",
+            "metrics.get(name, 0.0) + weight * float(value)",
+            "float(value)",
+            checks.ACCUMULATION,
+        ),
+        (
+            "one auxiliary LoRA for all micro-batches",
+            "generator_for(settings, step, index, device)",
+            "generator_for(settings, step, 0, device)",
+            checks.weighted_sum("lfu-lora"),
+        ),
+    ),
+    *mistakes_in(
+        "train.generator_for",
+        (
+            "the same randomness in every step",
+            "[settings.seed, step, index]",
+            "[settings.seed, index]",
+            checks.DRAWS,
+        ),
+        ("step and index added up", "[settings.seed, step, index]", "[settings.seed, step + index]", checks.DRAWS),
+    ),
+    *mistakes_in(
+        "train.steps_per_epoch",
+        (
+            "last partial step dropped",
+            "math.ceil(count / settings.batch_size)",
+            "count // settings.batch_size",
+            checks.EVERY_ROW,
+        ),
+    ),
+    *mistakes_in(
+        "train.rows_of_step",
+        (
+            "every epoch in the same order",
+            "shuffled(count, settings.seed, epoch)",
+            "shuffled(count, settings.seed, 0)",
+            checks.ANOTHER_ORDER,
+        ),
+        ("first rows of the epoch in every step", "position * settings.batch_size", "0", checks.EVERY_ROW),
+    ),
+    *mistakes_in(
+        "train.learning_rate",
+        ("warm-up off by one: not 0 at step 0", "step / warmup", "(step + 1) / warmup", checks.schedule(1404, 0.1)),
+        ("warm-up rounded down", "math.ceil(", "math.floor(", checks.schedule(1404, 0.1)),
+        (
+            "cosine over all steps",
+            "(step - warmup) / (steps - warmup)",
+            "step / steps",
+            checks.schedule(1404, 0.1),
+        ),
+        ("cosine never reaches 0", "0.5 * (1 +", "(0.1 + 0.45) * (1 +", checks.schedule(1404, 0.1)),
+        ("a whole cosine", "math.cos(math.pi *", "math.cos(2 * math.pi *", checks.schedule(1404, 0.1)),
+        (
+            "cosine one step early",
+            "math.pi * (step - warmup)",
+            "math.pi * (step + 1 - warmup)",
+            checks.schedule(1404, 0.1),
+        ),
+    ),
+    *mistakes_in(
+        "train.adamw",
+        ("PyTorch's default weight decay", ", weight_decay=settings.weight_decay", "", checks.adamw(0.0)),
+        (
+            "weight decay added to the gradient",
+            "torch.optim.AdamW(",
+            "torch.optim.Adam(",
+            checks.adamw(0.1),
+        ),
+    ),
+    *mistakes_in(
+        "train.clip",
+        (
+            "each tensor for itself",
+            "g * (limit / norm)",
+            "g * (limit / torch.linalg.vector_norm(g))",
+            checks.CLIPPING,
+        ),
+        ("each number for itself", "g * (limit / norm)", "g.clamp(-limit, limit)", checks.CLIPPING),
+        ("a short gradient lengthened", " if norm > limit else gradient", "", checks.SHORT),
+    ),
+    *mistakes_in(
+        "train.apply",
+        ("learning rate not handed on", 'group["lr"] = rate', "pass", checks.adamw(0.0)),
+        ("ascent in place of descent", "parameter.grad = value", "parameter.grad = -value", checks.ACCUMULATION),
+    ),
+]
+
+DATA = [
+    *mistakes_in(
+        "data.Example.supervised",
+        ("the first token counted", "max(self.prompt, 1)", "self.prompt", checks.SUPERVISED),
+    ),
+    *mistakes_in(
+        "data.prompt_ids",
+        ("BOS forgotten", "*(codec.bos if format.bos else ()), ", "", checks.bos(True, True)),
+        ("BOS where none is wanted", "(codec.bos if format.bos else ())", "codec.bos", checks.bos(True, False)),
+        (
+            "pieces of a template joined before they are tokenised",
+            'piece.replace("{question}", question)) for piece in template.pieces]',
+            '"".join(template.pieces).replace("{question}", question))]',
+            checks.PIECES,
+        ),
+    ),
+    *mistakes_in(
+        "data.token_ids",
+        (
+            "BOS twice, and one in front of the answer",
+            "add_special_tokens=False",
+            "add_special_tokens=True",
+            checks.bos(True, True),
+        ),
+    ),
+    *mistakes_in(
+        "data.encode_row",
+        ("EOS missing", "[*prompt, *answer, codec.eos]", "[*prompt, *answer]", checks.bos(True, True)),
+        ("two EOS", "*answer, codec.eos]", "*answer, codec.eos, codec.eos]", checks.bos(True, True)),
+        (
+            "prompt and answer tokenised together",
+            "[*prompt, *answer, codec.eos]",
+            "[*prompt[:1], *token_ids(codec, row.question + row.answer), codec.eos]",
+            checks.BORDER,
+        ),
+        (
+            "space before the answer forgotten",
+            "require_template(format.template).before_answer + row.answer",
+            "row.answer",
+            checks.template("question"),
+        ),
+    ),
+    *mistakes_in(
+        "data.collate",
+        (
+            "prompt carries loss",
+            "[IGNORED] * example.prompt + example.tokens[example.prompt :]",
+            "example.tokens",
+            checks.LEARNED,
+        ),
+        (
+            "EOS carries none",
+            "example.tokens[example.prompt :]",
+            "[*example.tokens[example.prompt : -1], IGNORED]",
+            checks.LEARNED,
+        ),
+        (
+            "first token of the answer carries none",
+            "[IGNORED] * example.prompt + example.tokens[example.prompt :]",
+            "[IGNORED] * (example.prompt + 1) + example.tokens[example.prompt + 1 :]",
+            checks.LEARNED,
+        ),
+        ("padding carries loss", "for example in examples], IGNORED)", "for example in examples])", checks.COLLATED),
+        (
+            "labels shifted here and in the loss",
+            "[IGNORED] * example.prompt + example.tokens[example.prompt :]",
+            "[IGNORED] * (example.prompt - 1) + example.tokens[example.prompt :] + [IGNORED]",
+            checks.COLLATED,
+        ),
+    ),
+    *mistakes_in(
+        "data.pad",
+        ("on the left", "padded[row, : len(values)]", "padded[row, -len(values) :]", checks.COLLATED),
+    ),
+    *mistakes_in(
+        "data.split_by_length",
+        (
+            "last partial micro-batch dropped",
+            "len(ordered), size)]",
+            "len(ordered) - size + 1, size)]",
+            checks.MICRO_BATCHES,
+        ),
+        (
+            "not by length",
+            "sorted(examples, key=lambda example: len(example.tokens))",
+            "list(examples)",
+            checks.MICRO_BATCHES,
+        ),
+    ),
+    *mistakes_in(
+        "data.shuffled",
+        ("seed ignored", "[seed, epoch]", "[epoch]", checks.ORDERS),
+        ("seed and epoch added up", "[seed, epoch]", "[seed + epoch]", checks.ORDERS),
+    ),
+]
+
+GENERATION = [
+    *mistakes_in(
+        "generate.generate",
+        (
+            "completions in the order of the batches",
+            "zip(indices,",
+            "zip(range(start, len(prompts)),",
+            checks.generation("llama31"),
+        ),
+    ),
+    *mistakes_in(
+        "generate.greedy",
+        ("one token too many", "range(max_new_tokens)", "range(max_new_tokens + 1)", checks.generation("llama31")),
+        ("one token too few", "range(max_new_tokens)", "range(max_new_tokens - 1)", checks.BUDGET),
+        ("finished rows go on", "if not done[row]:", "if True:", checks.STOPPING),
+        ("the rarest token", "logits.argmax(-1)", "logits.argmin(-1)", checks.generation("qwen3_untied")),
+    ),
+    *mistakes_in(
+        "generate.ended",
+        (
+            "only the first EOS id ends",
+            "return bool(tokens) and tokens[-1] in codec.stops",
+            "return bool(tokens) and tokens[-1] == codec.eos",
+            checks.EOS,
+        ),
+        ("a stop string only at the end of the text", "string in text", "text.endswith(string)", checks.MIDDLE),
+    ),
+    *mistakes_in(
+        "generate.select",
+        ("lengths of the wrong rows", "cache.lengths[rows]", "cache.lengths[: len(rows)]", checks.STOPPING),
+    ),
+    *mistakes_in(
+        "generate.complete",
+        (
+            "EOS kept",
+            "tokens[:-1] if tokens and tokens[-1] in codec.stops else tokens",
+            "tokens",
+            checks.EOS,
+        ),
+        ("stop string kept", "text[:cut]", "text", checks.STOP_STRING),
+        ("cut at the last stop string", "min((text", "max((text", checks.FIRST_STOP),
+    ),
+]
+
+MUTANTS = [*MODEL, *LORA, *LOSS, *STEP, *LOOP, *DATA, *GENERATION]
