@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import distance, flat
 from peft import LoraConfig, get_peft_model
 from tiny import random_lora, random_params, reference_config, tiny_config
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from lfu.data import Batch, Example, collate
@@ -63,14 +63,6 @@ def second_rows(seed: int) -> list[Example]:
 @cache
 def base() -> Params:
     return random_params(CONFIG, seed=1)
-
-
-def flat(tree: Any) -> Tensor:
-    return torch.cat([leaf.flatten() for leaf in tree_leaves(tree)])
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 # --- the reference --------------------------------------------------------------------------------
