@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-.PHONY: install test mutants lint demo clean
+.PHONY: install test mutants lint demo walkthrough walkthrough-check clean
 
 install: $(VENV)/installed
 
@@ -23,6 +23,12 @@ lint: $(VENV)/installed-test
 demo: $(VENV)/installed
 	$(BIN)/python experiments/demo.py
 
+walkthrough: $(VENV)/installed-docs
+	$(BIN)/python docs/execute.py
+
+walkthrough-check: $(VENV)/installed-docs
+	$(BIN)/python docs/execute.py --check
+
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
@@ -34,6 +40,10 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@ $(VENV)/installed
 
 clean:
