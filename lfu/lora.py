@@ -63,11 +63,18 @@ def init(
 
 
 def stack(*adapters: Adapter) -> Adapter:
-    """One adapter that acts as all of them: s₁B₁A₁ + s₂B₂A₂ = [s₁B₁ s₂B₂][A₁; A₂], a single pair of products."""
-    scaled = [
-        [{name: LowRank(A, scale * B) for name, (A, B) in layer.items()} for layer in lora] for lora, scale in adapters
-    ]
-    return [joined(layers) for layers in zip(*scaled, strict=True)], 1.0
+    """One adapter that acts as all of them: s₁B₁A₁ + s₂B₂A₂ = [s₁B₁ s₂B₂][A₁; A₂], a single pair of products.
+
+    A scale that all share stays outside.
+    """
+    alike = len({scale for _, scale in adapters}) == 1
+    loras = [lora if alike else scaled(lora, scale) for lora, scale in adapters]
+    return [joined(layers) for layers in zip(*loras, strict=True)], adapters[0][1] if alike else 1.0
+
+
+def scaled(lora: Lora, scale: float) -> Lora:
+    """The adapter that needs no scale any more."""
+    return [{name: LowRank(A, scale * B) for name, (A, B) in layer.items()} for layer in lora]
 
 
 def joined(layers: Sequence[dict[str, LowRank]]) -> dict[str, LowRank]:

@@ -34,10 +34,14 @@ def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [B,T,V], [B,T] -> []
 
     InputError if no token carries a label.
     """
-    mask = predicts(labels)
-    if not mask.any():
+    return answer_loss(logits[predicts(labels)], labels)
+
+
+def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [n,V], [B,T] -> []
+    """`sft_loss` from the logits at the positions of `predicts(labels)`; it reads no others, so none need exist."""
+    if not len(logits):
         raise InputError("This batch has no token that carries a label, so its loss is not defined.")
-    return F.cross_entropy(logits[mask], targets(labels))
+    return F.cross_entropy(logits, targets(labels))
 
 
 def consistency_loss(

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lfu import InputError
 from lfu.data import Batch, Example, collate, shuffled, split_by_length
 from lfu.lora import Adapter, Lora, stack
-from lfu.loss import consistency_loss, predicts, sft_loss
-from lfu.model import Config, Params, Steering, embed, forward, recording, relative_to, trunk
+from lfu.loss import answer_loss, consistency_loss, predicts
+from lfu.model import Config, Params, Steering, embed, recording, relative_to, trunk, unembed
 
 Aux = Lora | Tensor
 """The auxiliary component: a Lora (LfU-LoRA) or steering vectors [K, D] (LfU-RepS)."""
@@ -39,8 +39,9 @@ def sft_gradient(config: Config, base: Params, task: Lora, batch: Batch, *, scal
     """Gradient of the SFT loss (Eq. 1) with respect to the task LoRA, and {"sft": loss}."""
 
     def objective(task: Lora) -> tuple[Tensor, Any]:
-        logits, _ = forward(config, base, batch.tokens, [(task, scale)])
-        return sft_loss(logits, batch.labels), ()
+        hidden = trunk(config, base, embed(base, batch.tokens), [(task, scale)])
+        logits = unembed(config, base, hidden[-1][predicts(batch.labels)])
+        return answer_loss(logits, batch.labels), ()
 
     (gradient,), sft, _ = differentiate(objective, task)
     return gradient, {"sft": sft}
@@ -68,7 +69,7 @@ def lfu_gradient(
     """
     require_no_op(aux)
     require_not_negative(alpha=alpha, lam=lam)
-    mask = predicts(batch.labels)
+    x, mask = embed(base, batch.tokens), predicts(batch.labels)
 
     def with_aux(task: Lora, aux: Aux) -> tuple[list[Adapter], Steering | None]:
         if isinstance(aux, Tensor):
@@ -77,11 +78,11 @@ def lfu_gradient(
 
     def objective(task: Lora, aux: Aux) -> tuple[Tensor, Any]:  # Eq. 1, at θ and θ_aux at once
         record = {}
-        logits, hidden = forward(config, base, batch.tokens, *with_aux(task, aux), recording(record))
-        return sft_loss(logits, batch.labels), (hidden, record)
+        hidden = trunk(config, base, x, *with_aux(task, aux), recording(record))
+        logits = unembed(config, base, hidden[-1][mask])  # [n,V]
+        return answer_loss(logits, batch.labels), (hidden, record)
 
     def consistency(task: Lora) -> tuple[Tensor, Any]:  # Eqs. 3-5; called below, once undesirable, hidden, record exist
-        x = embed(base, batch.tokens)
         perturbed = trunk(config, base, x, *with_aux(task, undesirable), relative_to(record))
         return consistency_loss(hidden, perturbed, mask, layers=layers, norm=norm), ()
 
@@ -108,7 +109,8 @@ def ascend(aux: Aux, gradient: Aux, alpha: float) -> Aux:
     length = global_norm(gradient)
     if length == 0:
         return aux
-    return tree_map(lambda a, g: a + (alpha / length) * g, aux, gradient)
+    step = alpha / length
+    return tree_map(lambda a, g: a + step * g, aux, gradient)
 
 
 def global_norm(tree: Any) -> Tensor:

@@ -319,7 +319,7 @@ def test_stacked_adapters_act_as_the_two(halves: str) -> None:
 def test_stacking_is_one_pair_of_products() -> None:
     adapters = [(random_lora(CONFIG, rank, seed=rank), 2.0) for rank in (3, 5)]
     layers, scale = lora.stack(*adapters)
-    assert scale == 1.0
+    assert scale == 2.0
     assert {(A.shape[0], B.shape[1]) for layer in layers for A, B in layer.values()} == {(8, 8)}
 
 

@@ -261,8 +261,9 @@ LORA = [
     ),
     *mistakes_in(
         "lora.stack",
-        ("all at the scale of the first", "scale * B", "adapters[0][1] * B", checks.STACK),
-        ("scale twice", "strict=True)], 1.0", "strict=True)], adapters[0][1]", checks.STACK),
+        ("all at the scale of the first", "scaled(lora, scale)", "scaled(lora, adapters[0][1])", checks.STACK),
+        ("scale twice", "if alike else 1.0", "", checks.STACK),
+        ("shared scale lost", "adapters[0][1] if alike else 1.0", "1.0", checks.part("whole", "lora")),
     ),
     *mistakes_in(
         "lora.joined",
@@ -324,24 +325,22 @@ LOSS = [
     ),
     *mistakes_in(
         "loss.sft_loss",
+        ("labels unshifted", "predicts(labels)]", "predicts(labels).roll(1, 1)]", checks.SFT_LOSS),
         (
-            "labels unshifted",
-            "logits[mask], targets(labels)",
-            "logits[mask.roll(1, 1)], targets(labels)",
-            checks.part("sft", "lora"),
+            "mean of the rows' means",
+            "return answer_loss(logits[predicts(labels)], labels)",
+            "rows = [answer_loss(logits[i][predicts(labels)[i]], labels[i : i + 1]) for i in range(2)]\n"
+            "    return torch.stack(rows).mean()",
+            checks.SFT_LOSS,
         ),
+    ),
+    *mistakes_in(
+        "loss.answer_loss",
         ("sum in place of mean", "targets(labels))", 'targets(labels), reduction="sum")', checks.SFT_LOSS),
         (
             "mean over prompts and padding too",
             "targets(labels))",
-            "targets(labels)) * mask.double().mean()",
-            checks.SFT_LOSS,
-        ),
-        (
-            "mean of the rows' means",
-            "return F.cross_entropy(logits[mask], targets(labels))",
-            "rows = [F.cross_entropy(logits[i, mask[i]], labels[i, 1:][mask[i, :-1]]) for i in range(2)]\n"
-            "    return torch.stack(rows).mean()",
+            "targets(labels)) * (len(logits) / labels.numel())",
             checks.SFT_LOSS,
         ),
         ("bits in place of nats", "targets(labels))", "targets(labels)) / 0.6931471805599453", checks.SFT_LOSS),
@@ -383,9 +382,17 @@ STEP = [
     *mistakes_in(
         "train.sft_gradient",
         ("scale forgotten", "(task, scale)", "(task, 1.0)", checks.part("sft", "lora")),
+        (
+            "logits one position late",
+            "predicts(batch.labels)]",
+            "predicts(batch.labels).roll(1, 1)]",
+            checks.part("sft", "lora"),
+        ),
     ),
     *mistakes_in(
         "train.lfu_gradient",
+        ("logits one position late", "hidden[-1][mask]", "hidden[-1][mask.roll(1, 1)]", checks.WHOLE),
+        ("logits of the block before", "hidden[-1][mask]", "hidden[-2][mask]", checks.WHOLE),
         (
             "gradient through h",
             "consistency_loss(hidden, perturbed, mask, layers=layers, norm=norm), ()",
@@ -430,16 +437,16 @@ STEP = [
     ),
     *mistakes_in(
         "train.ascend",
-        ("descent", "a + (alpha", "a - (alpha", checks.WHOLE),
-        ("not normalised", "(alpha / length) * g", "alpha * g", checks.part("consistency", *checks.BOTH)),
+        ("descent", "a + step", "a - step", checks.WHOLE),
+        ("not normalised", "step = alpha / length", "step = alpha", checks.part("consistency", *checks.BOTH)),
         (
             "one norm per tensor",
-            "(alpha / length) * g",
+            "step * g",
             "(alpha / torch.linalg.vector_norm(g, dim=-1, keepdim=True).clamp(min=1e-30)) * g",
             checks.part("consistency", *checks.BOTH),
         ),
-        ("sign of the gradient", "(alpha / length) * g", "alpha * g.sign()", checks.part("consistency", *checks.BOTH)),
-        ("squared norm", "(alpha / length) * g", "(alpha / length**2) * g", checks.part("consistency", *checks.BOTH)),
+        ("sign of the gradient", "step * g", "alpha * g.sign()", checks.part("consistency", *checks.BOTH)),
+        ("squared norm", "step = alpha / length", "step = alpha / length**2", checks.part("consistency", *checks.BOTH)),
     ),
     *mistakes_in(
         "train.global_norm",
