@@ -9,18 +9,21 @@ per step, and checkpoints from which `--resume` continues exactly.
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
@@ -93,11 +96,37 @@ MAY_CHANGE = ("model", "data", "out", "device", "save_every", "keep", "resume")
 
 
 def train(options: TrainOptions) -> Path:
-    """Fine-tune an adapter; returns its folder, OUT/adapter. InputError for anything that cannot be used."""
+    """Fine-tune an adapter; returns its folder, OUT/adapter. InputError for anything that cannot be used.
+
+    Under `torchrun` all processes compute, and the first one alone prints and writes.
+    """
+    with joined(choose_device(options.device)) as device:
+        return fine_tune(options, device)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[torch.device]:
+    """Under `torchrun`, this process as one of several that train together, each on a device of its own."""
+    if not (distributed.is_available() and distributed.is_torchelastic_launched()):
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        with nullcontext() if training.place()[0] == 0 else redirect_stdout(StringIO()):
+            yield device
+    finally:
+        distributed.destroy_process_group()
+
+
+def fine_tune(options: TrainOptions, device: torch.device) -> Path:
+    """One run on one device, alone or as one of several processes."""
+    rank, processes = training.place()
     require_counts(options, "rank", "limit", "save_every", "keep")
     if not 0 < options.lora_alpha < math.inf:
         raise InputError(f"lora_alpha must be more than 0 and finite, not {options.lora_alpha}.")
-    device = choose_device(options.device)
     out, folder = Path(options.out), checkpoint.local_folder(options.model)
     config = model.read_config(folder / "config.json")
     schedule = training.Settings(**{name: getattr(options, name) for name in training.Settings._fields})
@@ -107,16 +136,19 @@ def train(options: TrainOptions) -> Path:
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
         alpha=options.alpha, lam=options.lam, layers=options.layers, norm=options.norm,
     )  # fmt: skip
+    if processes > 1 and methods.is_stateful(method):
+        raise InputError(f"The method {options.method} goes through the micro-batches in turn: train in one process.")
     dtype = choose_dtype(options.dtype, folder, device)
     settings = resolved(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
-    require_own(out, settings, options.resume)
+    if rank == 0:
+        require_own(out, settings, options.resume)
 
     config, base = model.load(folder, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(options.seed)
     fresh = lora.init(config, options.rank, generator=generator, dtype=model.stream_dtype(base))
     task = tree_map(partial(Tensor.to, device=device), fresh)
     print_memory(base, task)
-    if not options.resume:
+    if rank == 0 and not options.resume:
         checkpoint.write_json(out / "settings.json", settings)
     optimizer, first = training.adamw(task, schedule), 0
     if saved := checkpoint.checkpoints(out):
@@ -125,7 +157,10 @@ def train(options: TrainOptions) -> Path:
     save_every = options.save_every or training.steps_per_epoch(len(examples), schedule)
     run = Run(out, settings, save_every, options.keep, methods.state_of(method))
     steps = training.train(config, base, task, optimizer, examples, method, schedule, first)
-    follow(run, steps, task, optimizer, first, training.total_steps(len(examples), schedule))
+    if rank == 0:
+        follow(run, steps, task, optimizer, first, training.total_steps(len(examples), schedule))
+    else:
+        deque(steps, maxlen=0)
     return out / "adapter"
 
 

@@ -120,6 +120,11 @@ def surroundings(name: str, examples: Sequence[Example], settings: Settings) -> 
     return {"examples": examples, **run, "state": {}}
 
 
+def is_stateful(method: Method) -> bool:
+    """Whether what a bound method computes depends on the micro-batches before."""
+    return "state" in method.keywords
+
+
 def state_of(method: Method) -> dict[str, Tensor]:
     """What a bound method carries from one micro-batch to the next, for the checkpoint: nothing, but for released-reps.
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.func import vjp
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lfu import InputError
 from lfu.data import Batch, Example, collate, shuffled, split_by_length
@@ -203,17 +203,45 @@ def step_gradient(
     settings: Settings,
     step: int,
 ) -> tuple[Lora, dict[str, float]]:
-    """Gradient and metrics of an optimizer step: Σ (n_b / N) · those of micro-batch b, with n_b of its N tokens."""
+    """Gradient and metrics of an optimizer step: Σ (n_b / N) · those of micro-batch b, with n_b of its N tokens.
+
+    Where several processes train together, each computes some of the micro-batches, and all return the whole sum.
+    """
     device, total = base.embed.device, sum(example.supervised for example in examples)
     gradient, metrics = tree_map(torch.zeros_like, task), {}
+    rank, processes = place()
     for index, micro_batch in enumerate(split_by_length(examples, settings.micro_batch_size)):
+        if index % processes != rank:
+            continue
         generator = generator_for(settings, step, index, device)
         part, values = method(config, base, task, collate(micro_batch, device), generator)
         require_finite(part, values, step, micro_batch)
         weight = sum(example.supervised for example in micro_batch) / total
         gradient = tree_map(partial(torch.add, alpha=weight), gradient, part)
         metrics = {name: metrics.get(name, 0.0) + weight * float(value) for name, value in values.items()}
-    return gradient, metrics
+    return summed(gradient, metrics) if processes > 1 else (gradient, metrics)
+
+
+def place() -> tuple[int, int]:
+    """The number of this process and how many train together: (0, 1) unless `torch.distributed` says otherwise."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+
+
+def summed(gradient: Lora, metrics: dict[str, float]) -> tuple[Lora, dict[str, float]]:
+    """Both added up over all processes; ConnectionError if one of them is gone."""
+    leaves, structure = tree_flatten(gradient)
+    whole = torch.cat([leaf.flatten() for leaf in leaves])
+    all_metrics: list[dict[str, float]] = [{} for _ in range(place()[1])]
+    try:
+        distributed.all_reduce(whole)
+        distributed.all_gather_object(all_metrics, metrics)
+    except RuntimeError as error:
+        raise ConnectionError("Another process of this run is gone. Continue with --resume.") from error
+    parts = whole.split([leaf.numel() for leaf in leaves])
+    gradient = tree_unflatten([part.view_as(leaf) for part, leaf in zip(parts, leaves)], structure)
+    names = {name: None for each in all_metrics for name in each}
+    return gradient, {name: sum(each.get(name, 0.0) for each in all_metrics) for name in names}
 
 
 def total_steps(count: int, settings: Settings) -> int:

@@ -1,0 +1,134 @@
+"""Several processes under torchrun train what one process trains, and a lost one costs no more than its last steps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare import distance
+from safetensors.torch import load_file
+
+from lfu import checkpoint
+
+MINI = Path(__file__).parents[1] / "weights" / "mini"
+COMMON: dict[str, Any] = {
+    "model": MINI, "dtype": "float64", "template": "plain", "rank": 2, "learning_rate": 0.01, "batch_size": 6,
+}  # fmt: skip
+CLOSE = 1e-13
+"""Relative difference of the trained adapter in float64: sums in another order. Measured: 1e-14; in float32 1e-5."""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": f"Compute {n}+{n}.", "answer": f"{2 * n}" + " eggs" * (n % 4)} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(processes: int, out: Path, data: Path, *flags: str, **options: Any) -> list[str]:
+    """`lfu train`, under torchrun if there are several processes. Three micro-batches a step, so two is not half."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    options = COMMON | {"out": out, "data": data, "micro_batch_size": 2} | options
+    typed = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return [sys.executable, *launcher, "-m", "lfu.cli", "train", *typed, *flags]
+
+
+def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(*arguments, **options), capture_output=True, text=True, env=environment, timeout=300)
+
+
+def log(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> list[Any]:
+    return list(load_file(out / "adapter" / "adapter_model.safetensors").values())
+
+
+def test_two_processes_train_what_one_trains(data: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone, together = run(1, one, data), run(2, two, data)
+    assert alone.returncode == together.returncode == 0, together.stderr
+    assert distance(weights(two), weights(one)) < CLOSE
+    assert together.stdout.count("rows left out") == 1  # only the first process speaks
+    for mine, expected in zip(log(two), log(one), strict=True):
+        for name in ("step", "tokens"):
+            assert mine[name] == expected[name]
+        for name in ("sft", "consistency", "gradient_norm"):
+            assert mine[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_more_processes_than_micro_batches(data: Path, tmp_path: Path) -> None:
+    one, three = tmp_path / "one", tmp_path / "three"
+    options = {"limit": 4, "epochs": 2}  # two micro-batches a step
+    assert run(1, one, data, **options).returncode == run(3, three, data, **options).returncode == 0
+    assert distance(weights(three), weights(one)) < CLOSE
+
+
+def test_a_lost_process_stops_the_run_and_one_process_can_go_on(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = {"epochs": 200, "save_every": 1}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = subprocess.Popen(
+        command(2, out, data, **options), stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        wait_for(lambda: len(checkpoint.checkpoints(out)) > 0 and len(log(out)) > 2)
+        os.kill(worker(whole.pid, rank=1), signal.SIGKILL)
+        _, errors = whole.communicate(timeout=120)
+    finally:
+        if whole.poll() is None:
+            os.killpg(whole.pid, signal.SIGKILL)
+    assert whole.returncode != 0
+    # The first process notices it in its next sum, or is told by torchrun between two steps.
+    assert "lfu: Another process of this run is gone" in errors or "lfu: Stopped after step" in errors
+    (last,) = checkpoint.checkpoints(out)
+    steps = int(last.name.removeprefix("step-"))
+    assert steps >= 2
+    stopped = subprocess.Popen(
+        command(1, out, data, "--resume", **options), stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        wait_for(lambda: len(log(out)) > steps + 2)
+    finally:
+        stopped.terminate()
+    assert f"Resuming after step {steps}." in stopped.communicate(timeout=120)[0]
+
+
+def wait_for(condition: Any, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if condition():
+                return
+        except (FileNotFoundError, json.JSONDecodeError):
+            pass
+        time.sleep(0.1)
+    raise TimeoutError(f"Waited {seconds} s in vain.")
+
+
+def worker(launcher: int, *, rank: int) -> int:
+    """The process that torchrun started with this number."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = path.read_bytes().split(b"\0")
+            parent = int((path.parent / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError):
+            continue
+        if parent == launcher and f"RANK={rank}".encode() in variables:
+            return int(path.parent.name)
+    raise LookupError(f"No process of rank {rank}.")
+
+
+def test_a_method_that_goes_in_turn_wants_one_process(data: Path, tmp_path: Path) -> None:
+    refused = run(2, tmp_path / "run", data, method="released-reps")
+    assert refused.returncode != 0
+    assert "released-reps goes through the micro-batches in turn: train in one process" in refused.stderr
+    assert not (tmp_path / "run").exists()
