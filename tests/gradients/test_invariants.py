@@ -189,26 +189,28 @@ def test_a_label_on_the_first_token_carries_nothing() -> None:
         assert distance(step(case(), auxiliary, batch=Batch(tokens, labels))[0], step(case(), auxiliary)[0]) < EXACT
 
 
-def test_steering_leaves_the_prompt_alone() -> None:
+def clean_and_steered() -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The representations without and with random steering vectors, and these vectors."""
     config, base, task, rows = case()
     tokens, labels = batch_of(rows)
     vectors = randn(steering.zeros(config), torch.Generator().manual_seed(0))
     _, clean = forward(config, base, tokens, [(task, 2.0)])
     _, steered = forward(config, base, tokens, [(task, 2.0)], Steering(vectors, predicts(labels)))
+    return clean, steered, vectors
+
+
+def test_steering_leaves_the_prompt_alone() -> None:
+    clean, steered, _ = clean_and_steered()
     for h, h_steered in zip(clean, steered):
-        for row, (row_tokens, prompt) in enumerate(rows):
+        for row, (row_tokens, prompt) in enumerate(case().rows):
             assert torch.equal(h[row, : prompt - 1], h_steered[row, : prompt - 1])
             answer = slice(prompt - 1, len(row_tokens) - 1)
             assert (h[row, answer] != h_steered[row, answer]).any(dim=-1).all()
 
 
 def test_the_first_block_is_steered_at_the_predicting_positions_alone() -> None:
-    config, base, task, rows = case()
-    tokens, labels = batch_of(rows)
-    vectors = randn(steering.zeros(config), torch.Generator().manual_seed(0))
-    _, clean = forward(config, base, tokens, [(task, 2.0)])
-    _, steered = forward(config, base, tokens, [(task, 2.0)], Steering(vectors, predicts(labels)))
-    expected = predicts(labels)[..., None] * vectors[0]
+    clean, steered, vectors = clean_and_steered()
+    expected = predicts(case().batch.labels)[..., None] * vectors[0]
     # Measured: 2e-15.
     torch.testing.assert_close(steered[0] - clean[0], expected, rtol=0, atol=2e-14)
 
