@@ -10,7 +10,6 @@ the consistency term and of the whole LfU loss. The written-out algorithms below
 speed: they are here to be changed.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -61,12 +60,7 @@ States = Callable[[Config, Params, Tensor, list[Tensor]], list[Tensor]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--template", default="alpaca")
-    parser.add_argument("--adapter", type=Path, help="task adapter (default: a fresh one)")
-    parsed = parser.parse_args()
+    parsed = fidelity.arguments(__doc__).parse_args()
     codec = load_codec(parsed.model, model.read_config(parsed.model / "config.json").vocab_size)
     rows, form = read_rows(parsed.data), Format(parsed.template)
     examples = [encode_row(codec, form, row) for row in rows]

@@ -72,11 +72,7 @@ def changed(patches: tuple) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--template", default="alpaca")
-    parser.add_argument("--adapter", type=Path, help="task adapter (default: a fresh one)")
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=4, help="how many rows of the file make the batch")
     parsed = parser.parse_args()
     config = model.read_config(parsed.model / "config.json")
@@ -91,6 +87,16 @@ def main() -> None:
             found = gradients(config, load(parsed.model, dtype), task, batch)
         columns[name] = {title: compared(found[title], reference[title]) for title in reference}
     print(table(columns))
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The model, the rows and the adapter that a gradient is taken with."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--template", default="alpaca")
+    parser.add_argument("--adapter", type=Path, help="task adapter (default: a fresh one)")
+    return parser
 
 
 def load(folder: Path, dtype: torch.dtype) -> Params:
