@@ -34,6 +34,7 @@ from lfu import train as training
 from lfu.data import TEMPLATES, Codec, Example, Format, Row, encode_row, encode_rows, load_codec, prompt_ids, read_rows
 from lfu.evaluate import Estimate
 from lfu.loss import NORMS
+from lfu.memory import expected_peak
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -86,12 +87,14 @@ class TrainOptions:
         "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
     )
     device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda where there is one)", None)
+    remat: bool = option("compute the inside of each block again in the backward pass: less memory, more time", False)
+    compile: bool = option("compile the gradients with torch.compile: minutes at the start, then faster steps", False)
     save_every: int | None = option("steps between checkpoints (default: an epoch)", None)
     keep: int = option("how many of the last checkpoints to keep", 1)
     resume: bool = option("continue the run in OUT from its last checkpoint", False)
 
 
-MAY_CHANGE = ("model", "data", "out", "device", "save_every", "keep", "resume")
+MAY_CHANGE = ("model", "data", "out", "device", "remat", "save_every", "keep", "resume")
 """Options that a resumed run may give anew: what they point to is compared by checksum instead, or does not matter."""
 
 
@@ -135,6 +138,7 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     method, chosen = methods.bind(
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
         alpha=options.alpha, lam=options.lam, layers=options.layers, norm=options.norm,
+        remat=options.remat, compile=options.compile,
     )  # fmt: skip
     if processes > 1 and methods.is_stateful(method):
         raise InputError(f"The method {options.method} goes through the micro-batches in turn: train in one process.")
@@ -148,6 +152,7 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     fresh = lora.init(config, options.rank, generator=generator, dtype=model.stream_dtype(base))
     task = tree_map(partial(Tensor.to, device=device), fresh)
     print_memory(base, task)
+    print_peak(partial(methods.tried, method, config, base, task), examples, options.micro_batch_size)
     if rank == 0 and not options.resume:
         checkpoint.write_json(out / "settings.json", settings)
     optimizer, first = training.adamw(task, schedule), 0
@@ -214,14 +219,22 @@ def require_own(out: Path, settings: dict[str, Any], resume: bool) -> None:
 
 
 def print_memory(base: model.Params, task: lora.Lora) -> None:
-    """What stays in memory through the whole run; activations come on top."""
+    """What stays in memory through the whole run."""
     layers = [tensor for layer in base.layers for tensor in layer if tensor is not None]
     weights = {tensor.data_ptr(): tensor for tensor in [base.embed, base.norm, base.lm_head, *layers]}
     sizes = [sum(tensor.nbytes for tensor in tensors) / 2**20 for tensors in (weights.values(), tree_leaves(task))]
     print(
         f"Memory: weights {sizes[0]:.1f} MiB ({base.embed.dtype}), adapter {sizes[1]:.1f} MiB, its gradient "
-        f"{sizes[1]:.1f} MiB, optimizer {2 * sizes[1]:.1f} MiB; activations come on top."
+        f"{sizes[1]:.1f} MiB, optimizer {2 * sizes[1]:.1f} MiB."
     )
+
+
+def print_peak(step: Callable[[Example], object], examples: list[Example], micro_batch_size: int) -> None:
+    """What the largest micro-batch will take on top. The longest row is in it, and pads all others."""
+    rows, length = min(micro_batch_size, len(examples)), max(len(example.tokens) for example in examples)
+    share = sum(example.supervised for example in examples) / sum(len(example.tokens) for example in examples)
+    expected = expected_peak(step, rows * length, share) / 2**20
+    print(f"A step over {rows} x {length} tokens is expected to take {expected:.0f} MiB more at its peak.")
 
 
 @dataclass(frozen=True)
@@ -582,15 +595,11 @@ def main(arguments: list[str] | None = None) -> int:
     options, run, _ = VERBS[parsed.pop("verb")]
     try:
         run(options(**parsed))
-    except (InputError, FloatingPointError, OSError) as error:
+    except (InputError, FloatingPointError, OSError, MemoryError) as error:
         print(f"lfu: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(
-            f"lfu: out of memory: {error} Lower --micro-batch-size (for LfU a setting of the method), --batch-size or "
-            "--max-length.",
-            file=sys.stderr,
-        )
+        print(f"lfu: out of memory: {error} Lower --batch-size, or give a smaller --dtype.", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"lfu: {str(interrupt) or 'Interrupted.'}", file=sys.stderr)

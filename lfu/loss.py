@@ -34,14 +34,14 @@ def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [B,T,V], [B,T] -> []
 
     InputError if no token carries a label.
     """
-    return answer_loss(logits[predicts(labels)], labels)
+    return answer_loss(logits[predicts(labels)], targets(labels))
 
 
-def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [n,V], [B,T] -> []
-    """`sft_loss` from the logits at the positions of `predicts(labels)`; it reads no others, so none need exist."""
-    if not len(logits):
+def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:  # [n,V], [n] -> []
+    """`sft_loss` from `targets(labels)` and the logits that predict them; it reads no others, so none need exist."""
+    if not len(answers):
         raise InputError("This batch has no token that carries a label, so its loss is not defined.")
-    return F.cross_entropy(logits, targets(labels))
+    return F.cross_entropy(logits, answers)
 
 
 def consistency_loss(
@@ -62,7 +62,8 @@ def consistency_loss(
     reduce = torch.mean if norm == "mean" else torch.sum
 
     def per_layer(h: Tensor, h_perturbed: Tensor) -> Tensor:
-        return reduce((h.detach() - h_perturbed)[mask].square(), dim=-1).mean()
+        distances = reduce((h.detach() - h_perturbed).square(), dim=-1)  # [B,T]
+        return (distances * mask).sum() / mask.sum()
 
     return torch.stack([per_layer(hidden[i - 1], perturbed[i - 1]) for i in chosen_layers(layers, len(hidden))]).mean()
 

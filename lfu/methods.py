@@ -14,19 +14,28 @@ import torch
 from torch import Tensor
 
 from lfu import InputError, lora, model, steering
-from lfu.data import Batch, Example
+from lfu.data import Batch, Example, collate
 from lfu.lora import Lora
 from lfu.loss import chosen_layers, require_norm
 from lfu.model import Config, Params
 from lfu.released import released_lora, released_reps, require_rows
-from lfu.train import Method, Metrics, Settings, lfu_gradient, require_not_negative, sft_gradient
+from lfu.train import (
+    Method,
+    Metrics,
+    Settings,
+    compiled,
+    differentiate,
+    lfu_gradient,
+    require_not_negative,
+    sft_gradient,
+)
 
 
 def sft(
-    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *, scale: float
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
 ) -> tuple[Lora, Metrics]:
-    """Supervised fine-tuning, Eq. 1 alone."""
-    return sft_gradient(config, base, task, batch, scale=scale)
+    """Supervised fine-tuning, Eq. 1 alone. `how` are the keyword arguments of `sft_gradient`."""
+    return sft_gradient(config, base, task, batch, **how)
 
 
 def lfu_lora(
@@ -80,11 +89,14 @@ def bind(
     norm: str | None = None,
     examples: Sequence[Example] = (),
     settings: Settings | None = None,
+    remat: bool = False,
+    compile: bool = False,
 ) -> tuple[Method, dict[str, Any]]:
     """The method of this name with its hyper-parameters bound, and what they were resolved to.
 
     What is None takes the published value. The released variants need to know the run: its `examples`, from which they
-    draw second batches, and its `settings`. InputError for an unknown name, and for a value the method cannot use.
+    draw second batches, and its `settings`. `remat` computes the inside of the blocks again in the backward pass, and
+    `compile` hands the gradients to `torch.compile`. InputError for an unknown name and for what a method cannot use.
     """
     if name not in METHODS:
         raise InputError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
@@ -93,13 +105,20 @@ def bind(
     usable = {"sft": set(), "lfu": set(given), "released": {"alpha", "lam"}}[family(name)]
     if surplus := [key for key in chosen if key not in usable]:
         raise InputError(f"The method {name} has no {' or '.join(surplus)}; choose an lfu method, or leave it out.")
+    if remat and compile:
+        raise InputError("remat and compile exclude each other: the compiler decides by itself what it keeps.")
+    if (remat or compile) and family(name) == "released":
+        raise InputError(f"The method {name} has no remat and cannot be compiled.")
     resolved = PUBLISHED[name] | chosen
     if "alpha" in usable:
         require_not_negative(alpha=resolved["alpha"], lam=resolved["lam"])
     if "layers" in usable:
         require_norm(resolved.setdefault("norm", "mean"))
         resolved["layers"] = chosen_layers(resolved.get("layers"), config.num_hidden_layers)
-    run = surroundings(name, examples, settings or Settings())
+    if family(name) == "released":
+        run = surroundings(name, examples, settings or Settings())
+    else:
+        run = {"remat": remat} | ({"differentiate": compiled()} if compile else {})
     return partial(METHODS[name], scale=scale, **resolved, **run), resolved
 
 
@@ -110,14 +129,20 @@ def family(name: str) -> str:
 
 def surroundings(name: str, examples: Sequence[Example], settings: Settings) -> dict[str, Any]:
     """What the released variants know of the run they are in."""
-    if family(name) != "released":
-        return {}
     require_rows(name, examples)
     if name == "released-lora":
         return {"examples": examples}
     micro_batches = math.ceil(settings.batch_size / settings.micro_batch_size)
     run = {"learning_rate": settings.learning_rate, "micro_batches": micro_batches}
     return {"examples": examples, **run, "state": {}}
+
+
+def tried(method: Method, config: Config, base: Params, task: Lora, row: Example) -> tuple[Lora, Metrics]:
+    """One gradient of a bound method on one row, leaving no trace in what the method carries along."""
+    apart = {"examples": [row], "state": {}, "differentiate": differentiate}
+    again = partial(method, **{name: value for name, value in apart.items() if name in method.keywords})
+    device = base.embed.device
+    return again(config, base, task, collate([row], device), torch.Generator(device))
 
 
 def is_stateful(method: Method) -> bool:

@@ -155,7 +155,8 @@ def trunk(
     attend = causal_attention(config, x.shape[1], x.device)
     hidden = []
     for index, layer in enumerate(params.layers):
-        x = block(config, layer, x, rotary, adapted(layer, index, adapters, product), attend)
+        # Seen through a view, a block sums its own cotangents before h_l's others come in: so `remat` is bit-equal.
+        x = block(config, layer, x.view_as(x), rotary, adapted(layer, index, adapters, product), attend)
         if steering is not None:
             x = x + steering.mask[..., None] * steering.vectors[index]
         hidden.append(x)

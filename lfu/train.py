@@ -11,37 +11,68 @@ Read next: `methods.py`.
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.func import vjp
+from torch.func import grad_and_value, vjp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lfu import InputError
 from lfu.data import Batch, Example, collate, shuffled, split_by_length
 from lfu.lora import Adapter, Lora, stack
-from lfu.loss import answer_loss, consistency_loss, predicts
-from lfu.model import Config, Params, Steering, embed, recording, relative_to, trunk, unembed
+from lfu.loss import answer_loss, consistency_loss, predicts, targets
+from lfu.memory import relative_to_states, rematerialised
+from lfu.model import Config, Params, Steering, base_product, embed, recording, relative_to, trunk, unembed
 
 Aux = Lora | Tensor
 """The auxiliary component: a Lora (LfU-LoRA) or steering vectors [K, D] (LfU-RepS)."""
 Metrics = dict[str, Tensor]
 Method = Callable[[Config, Params, Lora, Batch, torch.Generator], tuple[Lora, Metrics]]
 """(config, base, task, batch, generator) -> (gradient, metrics), means over the batch's own labelled tokens."""
+Objective = Callable[..., tuple[Tensor, Any]]
+"""Trees of tensors -> (value, what else is of interest)."""
+Differentiate = Callable[..., tuple[tuple[Any, ...], Tensor, Any]]
+"""(objective, *arguments) -> (a gradient for each argument, the value, what else the objective returned, constant)."""
 
 # --- the gradients of one batch -------------------------------------------------------------------
 
 
-def sft_gradient(config: Config, base: Params, task: Lora, batch: Batch, *, scale: float) -> tuple[Lora, Metrics]:
-    """Gradient of the SFT loss (Eq. 1) with respect to the task LoRA, and {"sft": loss}."""
+def differentiate(objective: Objective, *arguments: Any) -> tuple[tuple[Any, ...], Tensor, Any]:
+    """The gradient of an objective with respect to each argument, its value, and what else it returned, as constants.
+
+    `torch.func.grad_and_value` would do, but it keeps the backward pass differentiable too, which nobody asks for here:
+    the same numbers cost twice the memory.
+    """
+    value, pullback, constants = vjp(objective, *arguments, has_aux=True)
+    with torch.no_grad():
+        return pullback(torch.ones_like(value), retain_graph=False), value, constants
+
+
+def sft_gradient(
+    config: Config,
+    base: Params,
+    task: Lora,
+    batch: Batch,
+    *,
+    scale: float,
+    remat: bool = False,
+    differentiate: Differentiate = differentiate,
+) -> tuple[Lora, Metrics]:
+    """Gradient of the SFT loss (Eq. 1) with respect to the task LoRA, and {"sft": loss}.
+
+    `remat` and `differentiate` as in `lfu_gradient`.
+    """
+    through = rematerialised if remat else trunk
+    x, places, answers = embed(base, batch.tokens), predicts(batch.labels).nonzero(as_tuple=True), targets(batch.labels)
 
     def objective(task: Lora) -> tuple[Tensor, Any]:
-        hidden = trunk(config, base, embed(base, batch.tokens), [(task, scale)])
-        logits = unembed(config, base, hidden[-1][predicts(batch.labels)])
-        return answer_loss(logits, batch.labels), ()
+        hidden = through(config, base, x, [(task, scale)])
+        logits = unembed(config, base, hidden[-1][places])  # [n,V]
+        return answer_loss(logits, answers), ()
 
     (gradient,), sft, _ = differentiate(objective, task)
     return gradient, {"sft": sft}
@@ -59,17 +90,21 @@ def lfu_gradient(
     lam: float,
     layers: Collection[int] | None = None,
     norm: str = "mean",
+    remat: bool = False,
+    differentiate: Differentiate = differentiate,
 ) -> tuple[Lora, Metrics]:
     """Gradient of the LfU loss (Eq. 6) with respect to the task LoRA, first order as published.
 
     Returns a tree like `task`, and the metrics "sft", "consistency" and "ascent_norm" (‖g‖₂ before the step). `alpha`
     is the length of the ascent step, `lam` the weight of the consistency loss; `layers` and `norm` as in
-    `consistency_loss`. InputError, a ValueError, if `aux` is not a no-op, because θ and θ_aux are then no longer the
-    same point.
+    `consistency_loss`. `remat` saves memory and costs time, and changes no bit; `differentiate` may be `compiled()`.
+    InputError, a ValueError, if `aux` is not a no-op, because θ and θ_aux are then no longer the same point.
     """
     require_no_op(aux)
     require_not_negative(alpha=alpha, lam=lam)
-    x, mask = embed(base, batch.tokens), predicts(batch.labels)
+    through = rematerialised if remat else trunk
+    x, mask, answers = embed(base, batch.tokens), predicts(batch.labels), targets(batch.labels)
+    places = mask.nonzero(as_tuple=True)
 
     def with_aux(task: Lora, aux: Aux) -> tuple[list[Adapter], Steering | None]:
         if isinstance(aux, Tensor):
@@ -78,38 +113,41 @@ def lfu_gradient(
 
     def objective(task: Lora, aux: Aux) -> tuple[Tensor, Any]:  # Eq. 1, at θ and θ_aux at once
         record = {}
-        hidden = trunk(config, base, x, *with_aux(task, aux), recording(record))
-        logits = unembed(config, base, hidden[-1][mask])  # [n,V]
-        return answer_loss(logits, batch.labels), (hidden, record)
+        hidden = through(config, base, x, *with_aux(task, aux), base_product if remat else recording(record))
+        logits = unembed(config, base, hidden[-1][places])  # [n,V]
+        return answer_loss(logits, answers), (hidden, record)
 
-    def consistency(task: Lora) -> tuple[Tensor, Any]:  # Eqs. 3-5; called below, once undesirable, hidden, record exist
-        perturbed = trunk(config, base, x, *with_aux(task, undesirable), relative_to(record))
+    def consistency(task: Lora) -> tuple[Tensor, Any]:  # Eqs. 3-5; called below, once undesirable, exact, hidden exist
+        perturbed = through(config, base, x, *with_aux(task, undesirable), exact)
         return consistency_loss(hidden, perturbed, mask, layers=layers, norm=norm), ()
 
     (g_task, g_aux), sft, (hidden, record) = differentiate(objective, task, aux)
     undesirable = ascend(aux, g_aux, alpha)  # Eq. 2
+    exact = relative_to_states(config, base, x, hidden, *with_aux(task, aux)) if remat else relative_to(record)
     (g_cons,), cons, _ = differentiate(consistency, task)
     gradient = tree_map(lambda g, c: g + lam * c, g_task, g_cons)  # Eq. 6
     return gradient, {"sft": sft, "consistency": cons, "ascent_norm": global_norm(g_aux)}
 
 
-def differentiate(objective: Callable[..., tuple[Tensor, Any]], *arguments: Any) -> tuple[tuple[Any, ...], Tensor, Any]:
-    """The gradient of an objective with respect to each argument, its value, and what else it returned, as constants.
+def compiled() -> Differentiate:
+    """`differentiate` through `torch.compile`: faster steps after minutes of compiling, for all shapes at once.
 
-    `torch.func.grad_and_value` would do, but it keeps the backward pass differentiable too, which nobody asks for here:
-    the same numbers cost twice the memory.
+    The compiler wants gradients that can be differentiated again, and then keeps only what it needs. It rounds less
+    than the default in low precision: the results agree as far as that precision goes.
     """
-    value, pullback, constants = vjp(objective, *arguments, has_aux=True)
-    with torch.no_grad():
-        return pullback(torch.ones_like(value), retain_graph=False), value, constants
+
+    def whole(objective: Objective, *arguments: Any) -> tuple[tuple[Any, ...], Tensor, Any]:
+        each = tuple(range(len(arguments)))
+        gradients, (value, constants) = grad_and_value(objective, each, has_aux=True)(*arguments)
+        return gradients, value, constants
+
+    return torch.compile(whole, dynamic=True)
 
 
 def ascend(aux: Aux, gradient: Aux, alpha: float) -> Aux:
     """Eq. 2: aux + α·g/‖g‖₂, one norm over the whole tree. Where ‖g‖₂ = 0 there is no direction: aux unchanged."""
     length = global_norm(gradient)
-    if length == 0:
-        return aux
-    step = alpha / length
+    step = torch.where(length > 0, alpha / length, 0.0)
     return tree_map(lambda a, g: a + step * g, aux, gradient)
 
 
@@ -214,12 +252,29 @@ def step_gradient(
         if index % processes != rank:
             continue
         generator = generator_for(settings, step, index, device)
-        part, values = method(config, base, task, collate(micro_batch, device), generator)
+        with told_where(step, micro_batch):
+            part, values = method(config, base, task, collate(micro_batch, device), generator)
         require_finite(part, values, step, micro_batch)
         weight = sum(example.supervised for example in micro_batch) / total
         gradient = tree_map(partial(torch.add, alpha=weight), gradient, part)
         metrics = {name: metrics.get(name, 0.0) + weight * float(value) for name, value in values.items()}
     return summed(gradient, metrics) if processes > 1 else (gradient, metrics)
+
+
+@contextmanager
+def told_where(step: int, micro_batch: Sequence[Example]) -> Iterator[None]:
+    """MemoryError, naming the batch and what helps, where the device has no room for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        rows, length = len(micro_batch), max(len(example.tokens) for example in micro_batch)
+        raise MemoryError(
+            f"Step {step + 1}: out of memory in a batch of {rows} x {length} tokens, the rows of lines "
+            f"{[example.row for example in micro_batch]}. Use --remat or --dtype bfloat16, or lower --max-length or "
+            "--micro-batch-size (for LfU a setting of the method)."
+        ) from error
 
 
 def place() -> tuple[int, int]:

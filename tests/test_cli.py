@@ -31,8 +31,9 @@ from lfu import __version__, checkpoint, cli, lora, methods
 from lfu.cli import EvalOptions, GenerateOptions, MergeOptions, TrainOptions, main, parser
 from lfu.data import Format, load_codec, prompt_ids, read_rows
 from lfu.evaluate import draw_shots, harness_prompt
+from lfu.memory import peak
 from lfu.model import forward, load, read_config
-from lfu.train import Settings
+from lfu.train import Settings, sft_gradient
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
 QUESTION = "Compute 7+5."
@@ -648,15 +649,37 @@ def test_eval_refuses_options_without_effect(
     assert refusal(capsys).startswith(sentence)
 
 
-def test_out_of_memory_says_what_to_lower(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("can't allocate memory: 9 bytes")])
+def test_out_of_memory_names_the_batch_and_what_helps(
+    error: RuntimeError, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*given: Any, **named: Any) -> None:
-        raise torch.OutOfMemoryError("no room.")
+    def full(config: Any, base: Any, task: Any, batch: Any, **named: Any) -> Any:
+        if len(batch.tokens) > 1:
+            raise error
+        return sft_gradient(config, base, task, batch, **named)
 
     monkeypatch.setattr(methods, "sft_gradient", full)
     assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method="sft") == 2
-    assert "out of memory: no room. Lower --micro-batch-size" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert re.search(r"Step 1: out of memory in a batch of 4 x \d+ tokens, the rows of lines \[\d+, .*--remat", message)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_the_expected_peak_is_the_peak(
+    method: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks, gradient = [], methods.METHODS[method]
+
+    def measured(*arguments: Any, **bound: Any) -> Any:
+        results = []
+        peaks.append(peak(lambda: results.append(gradient(*arguments, **bound))))
+        return results[0]
+
+    monkeypatch.setitem(methods.METHODS, method, measured)
+    assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method=method, epochs=1) == 0
+    told = re.search(r"A step over 4 x \d+ tokens is expected to take (\d+) MiB", capsys.readouterr().out)
+    assert told
+    assert 0.8 < float(told[1]) * 2**20 / max(peaks) < 1.2
 
 
 @pytest.mark.parametrize("verb", ["eval", "merge"])
@@ -707,7 +730,7 @@ def test_what_is_not_finite_ends_the_run_at_its_last_good_step(
     def poisoned(*arguments: Any, **bound: Any) -> Any:
         gradient, metrics = sft(*arguments, **bound)
         calls.append(arguments)
-        if len(calls) == 6:  # the second micro-batch of the third step
+        if len(calls) == 8:  # the second micro-batch of the third step, after two calls that foretell the memory
             metrics = {"sft": metrics["sft"] * math.nan} if where == "loss" else metrics
             gradient[0]["q_proj"].B.mul_(math.inf if where == "gradient" else 1.0)
         return gradient, metrics
@@ -720,7 +743,7 @@ def test_what_is_not_finite_ends_the_run_at_its_last_good_step(
         r"Step 3: the loss or its gradient is not finite \(sft \S+\) for the rows of lines (\[.*?\])\.", sentence
     )
     assert lines is not None
-    shown = load_codec(MINI, 1024).tokenizer.decode_batch(calls[5][3].tokens.tolist())
+    shown = load_codec(MINI, 1024).tokenizer.decode_batch(calls[7][3].tokens.tolist())
     rows = json.loads(lines[1])
     assert len(rows) == 2
     assert all(f"Compute {row}+{row}." in text for row, text in zip(rows, shown, strict=True))

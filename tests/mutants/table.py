@@ -181,12 +181,13 @@ MODEL = [
         ),
         (
             "steering before the block",
-            "        x = block(config, layer, x, rotary, adapted(layer, index, adapters, product), attend)\n"
+            "        x = block(config, layer, x.view_as(x), rotary, adapted(layer, index, adapters, product), attend)\n"
             "        if steering is not None:\n"
             "            x = x + steering.mask[..., None] * steering.vectors[index]\n",
             "        if steering is not None:\n"
             "            x = x + steering.mask[..., None] * steering.vectors[index]\n"
-            "        x = block(config, layer, x, rotary, adapted(layer, index, adapters, product), attend)\n",
+            "        x = block(config, layer, x.view_as(x), rotary, "
+            "adapted(layer, index, adapters, product), attend)\n",
             checks.part("ascent", "steering"),
         ),
         ("mask of steering forgotten", "steering.mask[..., None] * ", "", checks.part("whole", "steering")),
@@ -328,22 +329,22 @@ LOSS = [
         ("labels unshifted", "predicts(labels)]", "predicts(labels).roll(1, 1)]", checks.SFT_LOSS),
         (
             "mean of the rows' means",
-            "return answer_loss(logits[predicts(labels)], labels)",
-            "rows = [answer_loss(logits[i][predicts(labels)[i]], labels[i : i + 1]) for i in range(2)]\n"
+            "return answer_loss(logits[predicts(labels)], targets(labels))",
+            "rows = [answer_loss(logits[i][predicts(labels)[i]], targets(labels[i : i + 1])) for i in range(2)]\n"
             "    return torch.stack(rows).mean()",
+            checks.SFT_LOSS,
+        ),
+        (
+            "mean over prompts and padding too",
+            "targets(labels))",
+            "targets(labels)) * (len(targets(labels)) / labels.numel())",
             checks.SFT_LOSS,
         ),
     ),
     *mistakes_in(
         "loss.answer_loss",
-        ("sum in place of mean", "targets(labels))", 'targets(labels), reduction="sum")', checks.SFT_LOSS),
-        (
-            "mean over prompts and padding too",
-            "targets(labels))",
-            "targets(labels)) * (len(logits) / labels.numel())",
-            checks.SFT_LOSS,
-        ),
-        ("bits in place of nats", "targets(labels))", "targets(labels)) / 0.6931471805599453", checks.SFT_LOSS),
+        ("sum in place of mean", "answers)\n", 'answers, reduction="sum")\n', checks.SFT_LOSS),
+        ("bits in place of nats", "logits, answers)\n", "logits, answers) / 0.6931471805599453\n", checks.SFT_LOSS),
     ),
     *mistakes_in(
         "loss.consistency_loss",
@@ -354,8 +355,18 @@ LOSS = [
             "h - h_perturbed.detach()",
             checks.part("consistency", *checks.BOTH),
         ),
-        ("one position late", ")[mask]", ")[mask.roll(1, 1)]", checks.part("consistency", *checks.BOTH)),
-        ("prompts and padding too", ")[mask]", ")", checks.part("consistency", *checks.BOTH)),
+        (
+            "one position late",
+            "distances * mask)",
+            "distances * mask.roll(1, 1))",
+            checks.part("consistency", *checks.BOTH),
+        ),
+        (
+            "prompts and padding too",
+            "(distances * mask).sum() / mask.sum()",
+            "distances.mean()",
+            checks.part("consistency", *checks.BOTH),
+        ),
         ("not squared", ".square()", ".abs()", checks.consistency_loss(None, "mean")),
         ("sum over blocks", "]).mean()", "]).sum()", checks.BLOCKS),
         (
@@ -370,7 +381,7 @@ LOSS = [
             "torch.mean",
             checks.consistency_loss(None, "sum"),
         ),
-        ("sum over positions", "dim=-1).mean()", "dim=-1).sum()", checks.consistency_loss(None, "mean")),
+        ("sum over positions", " / mask.sum()", "", checks.consistency_loss(None, "mean")),
     ),
     *mistakes_in(
         "loss.chosen_layers",
@@ -384,15 +395,15 @@ STEP = [
         ("scale forgotten", "(task, scale)", "(task, 1.0)", checks.part("sft", "lora")),
         (
             "logits one position late",
-            "predicts(batch.labels)]",
-            "predicts(batch.labels).roll(1, 1)]",
+            "predicts(batch.labels)",
+            "predicts(batch.labels).roll(1, 1)",
             checks.part("sft", "lora"),
         ),
     ),
     *mistakes_in(
         "train.lfu_gradient",
-        ("logits one position late", "hidden[-1][mask]", "hidden[-1][mask.roll(1, 1)]", checks.WHOLE),
-        ("logits of the block before", "hidden[-1][mask]", "hidden[-2][mask]", checks.WHOLE),
+        ("logits one position late", "places = mask", "places = mask.roll(1, 1)", checks.WHOLE),
+        ("logits of the block before", "hidden[-1][places]", "hidden[-2][places]", checks.WHOLE),
         (
             "gradient through h",
             "consistency_loss(hidden, perturbed, mask, layers=layers, norm=norm), ()",
@@ -402,16 +413,16 @@ STEP = [
         ),
         (
             "gradient through the ascent",
-            "        perturbed = trunk(config, base, x, *with_aux(task, undesirable), relative_to(record))\n",
+            "        perturbed = through(config, base, x, *with_aux(task, undesirable), exact)\n",
             "        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):\n"
             "            moving = ascend(aux, torch.func.grad(lambda aux: objective(task, aux)[0])(aux), alpha)\n"
-            "            perturbed = trunk(config, base, x, *with_aux(task, moving), relative_to(record))\n",
+            "            perturbed = through(config, base, x, *with_aux(task, moving), exact)\n",
             checks.SLOPE,
         ),
         (
             "auxiliary component left where it started",
-            "trunk(config, base, x, *with_aux(task, undesirable)",
-            "trunk(config, base, x, *with_aux(task, aux)",
+            "through(config, base, x, *with_aux(task, undesirable)",
+            "through(config, base, x, *with_aux(task, aux)",
             checks.part("consistency", *checks.BOTH),
         ),
         (

@@ -1,0 +1,177 @@
+"""Memory: how much a step takes, and how to take less of it for more time.
+
+Two of the three parts of a step's memory are kept on purpose: what the backward pass needs from inside the blocks, and
+the clean pass's products, to which the perturbed pass is exact. `rematerialised` and `relative_to_states` keep neither.
+They find the states h_l and compute the inside of a block again, whenever it is needed, from the state before it; the
+operations are the same, so the gradients are equal bit for bit.
+
+`peak` counts what a step takes, and `expected_peak` foretells it from two much smaller steps.
+
+`torch.utils.checkpoint` does not work inside `torch.func`; an `autograd.Function` of the newer form, with
+`setup_context`, does. Read next: `methods.py`.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from lfu.data import Example
+from lfu.lora import Adapter
+from lfu.model import Config, Params, Product, Record, Steering, base_product, recording, relative_to, trunk
+
+# --- less memory for more time --------------------------------------------------------------------
+
+
+class Rematerialised(torch.autograd.Function):
+    """f(*tensors), of which nothing but the tensors is kept: the backward pass computes f again."""
+
+    @staticmethod
+    def forward(f: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        return f(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.f, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        _, pullback = vjp(ctx.f, *ctx.saved_tensors)
+        return None, *pullback(cotangent)
+
+
+def rematerialised(
+    config: Config,
+    params: Params,
+    x: Tensor,
+    adapters: Sequence[Adapter] = (),
+    steering: Steering | None = None,
+    product: Product = base_product,
+) -> list[Tensor]:  # [B,T,D] -> K x [B,T,D]
+    """`model.trunk`, whose backward pass finds only the states and computes the inside of each block again."""
+    hidden = []
+    for index in range(len(params.layers)):
+        leaves, run = alone(config, params, index, x, adapters, steering, product)
+        x = Rematerialised.apply(run, *leaves)
+        hidden.append(x)
+    return hidden
+
+
+def alone(
+    config: Config,
+    params: Params,
+    index: int,
+    x: Tensor,
+    adapters: Sequence[Adapter],
+    steering: Steering | None,
+    product: Product,
+) -> tuple[list[Tensor], Callable[..., Tensor]]:
+    """One block as a function of a flat list of all that a gradient may be taken of, and that list."""
+    one, scales = params._replace(layers=params.layers[index : index + 1]), [scale for _, scale in adapters]
+    vectors = [] if steering is None else [steering.vectors[index : index + 1]]
+    leaves, structure = tree_flatten((x, [lora[index : index + 1] for lora, _ in adapters], vectors))
+
+    def run(*leaves: Tensor) -> Tensor:
+        x, loras, vectors = tree_unflatten(leaves, structure)
+        steered = Steering(vectors[0], steering.mask) if vectors else None
+        (h,) = trunk(
+            config, one, x, list(zip(loras, scales)), steered, lambda _, name, x, W: product(index, name, x, W)
+        )
+        return h
+
+    return leaves, run
+
+
+def relative_to_states(
+    config: Config,
+    params: Params,
+    x: Tensor,
+    hidden: list[Tensor],
+    adapters: Sequence[Adapter],
+    steering: Steering | None = None,
+) -> Product:
+    """`relative_to` a clean pass of which only its start x and its states were kept.
+
+    The clean products of a block are computed when the first of them is asked for, and dropped one by one.
+    """
+    before, record = [x, *hidden], {}
+
+    def product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
+        if (layer, name) not in record:
+            record.update(block_record(config, params, layer, before[layer], adapters, steering))
+        return relative_to(record)(layer, name, x, W)
+
+    return product
+
+
+@torch.no_grad()
+def block_record(
+    config: Config, params: Params, index: int, x: Tensor, adapters: Sequence[Adapter], steering: Steering | None
+) -> Record:
+    """What `recording` would have kept of one block, from the state before it."""
+    found: Record = {}
+    leaves, run = alone(config, params, index, x, adapters, steering, recording(found))
+    run(*leaves)
+    return found
+
+
+# --- how much a step takes ------------------------------------------------------------------------
+
+
+class Tally(TorchDispatchMode):
+    """Counts the bytes of all storages that operations made and something still holds, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self.held = 0, 0, set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = storages((args, kwargs))
+        result = operation(*args, **(kwargs or {}))
+        for key, storage in storages(result).items():
+            if key not in given and key not in self.held:
+                self.held.add(key)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.drop, key, storage.nbytes())
+        return result
+
+    def drop(self, key: int, size: int) -> None:
+        self.held.discard(key)
+        self.now -= size
+
+
+def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    """What the tensors of a tree look into."""
+    found = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {storage._cdata: storage for storage in found}
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most bytes that the tensors made by some work take at a time, on whatever device.
+
+    A C library that does not return freed memory at once holds more than that; see `docs/performance.md`.
+    """
+    with Tally() as tally:
+        work()
+    return tally.most
+
+
+SMALL = (16, 48)
+
+
+def expected_peak(step: Callable[[Example], object], tokens: int, share: float) -> int:
+    """What `peak` will be for a step of so many tokens, a share of which carry loss, without running it.
+
+    `step` is tried on one short row twice. But for gradients of the adapters, which are the same every time, all that a
+    step makes grows with its tokens; so the rest lies on the line through these two.
+    """
+    low, high = (peak(partial(step, Example([0] * size, size - max(1, round(share * size)), 0))) for size in SMALL)
+    return round(low + (high - low) * (tokens - SMALL[0]) / (SMALL[1] - SMALL[0]))

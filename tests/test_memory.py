@@ -1,0 +1,112 @@
+"""Memory: what is counted is what the allocator hands out, and taking less of it changes no bit of a gradient."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from compare import flat
+from gradients.cases import AUXILIARIES, SETTINGS, case, fresh
+from tiny import CONFIGS, KINDS, random_lora, random_params, random_tokens
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map
+
+from lfu.data import Example, collate
+from lfu.lora import Lora
+from lfu.memory import expected_peak, peak
+from lfu.methods import METHODS, bind, state_of, tried
+from lfu.model import Config, Params, stream_dtype
+from lfu.train import Method, lfu_gradient, sft_gradient
+
+LFU = ("lfu-lora", "lfu-reps")
+
+
+# --- less memory for more time --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("auxiliary", ["none", *AUXILIARIES])
+@pytest.mark.parametrize("kind", KINDS)
+def test_remat_changes_no_bit(kind: str, auxiliary: str, dtype: torch.dtype) -> None:
+    given = case(kind)
+    base = tree_map(lambda leaf: None if leaf is None else leaf.to(dtype), given.base)
+    task = tree_map(partial(Tensor.to, dtype=stream_dtype(base)), given.task)
+    if auxiliary == "none":
+        gradient = partial(sft_gradient, given.config, base, task, given.batch, scale=2.0)
+    else:
+        aux = tree_map(partial(Tensor.to, dtype=stream_dtype(base)), fresh(given.config, auxiliary))
+        gradient = partial(lfu_gradient, given.config, base, task, aux, given.batch, **SETTINGS)
+    plain, again = gradient(), gradient(remat=True)
+    assert torch.equal(flat(plain[0]), flat(again[0]))
+    assert plain[1] == again[1]
+
+
+@pytest.mark.parametrize("name", ["sft", *LFU])
+def test_remat_keeps_little_but_the_states(name: str) -> None:
+    """Of each block the plain pass keeps dozens of tensors, and remat one."""
+    plain, again = (allocated(partial(step, method(name, remat=remat), 4, 64)) for remat in (False, True))
+    assert again < 0.35 * plain
+
+
+def test_remat_is_for_the_methods_of_the_paper_and_not_for_the_compiler() -> None:
+    with pytest.raises(ValueError, match="remat and compile exclude each other"):
+        method("sft", remat=True, compile=True)
+    for option in ("remat", "compile"):
+        with pytest.raises(ValueError, match="released-lora has no remat and cannot be compiled"):
+            method("released-lora", **{option: True})
+
+
+# --- how much a step takes ------------------------------------------------------------------------
+
+
+@cache
+def problem() -> tuple[Config, Params, Lora]:
+    config = CONFIGS["llama31"]._replace(num_hidden_layers=6)
+    return config, random_params(config, seed=1), random_lora(config, 2, seed=2)
+
+
+def method(name: str, **options: Any) -> Method:
+    return bind(name, problem()[0], scale=2.0, examples=rows(4, 64), **options)[0]
+
+
+def rows(count: int, length: int) -> list[Example]:
+    """Rows of this length, three fifths of which are answer."""
+    config, prompt = problem()[0], length - round(0.6 * length)
+    return [Example(random_tokens(config, length, seed=row).tolist(), prompt, row) for row in range(count)]
+
+
+def step(method: Method, count: int, length: int) -> object:
+    return method(*problem(), collate(rows(count, length)), torch.Generator().manual_seed(0))
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """The most bytes at a time that PyTorch's own allocator reports to its profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(changes))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_peak_is_what_the_allocator_reports(name: str) -> None:
+    """But for temporaries inside an operation, which no one outside sees. Measured: at most 3 % apart."""
+    work = partial(step, method(name), 4, 64)
+    assert peak(work) == pytest.approx(allocated(work), rel=0.1)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("shape", [(1, 200), (4, 64), (2, 500)])
+@pytest.mark.parametrize("name", ["sft", *LFU])
+def test_the_expected_peak_is_the_peak(name: str, shape: tuple[int, int], remat: bool) -> None:
+    chosen = method(name, remat=remat)
+    expected = expected_peak(partial(tried, chosen, *problem()), shape[0] * shape[1], 0.6)
+    assert expected == pytest.approx(allocated(partial(step, chosen, *shape)), rel=0.2)
+
+
+def test_trying_a_method_leaves_its_state_alone() -> None:
+    chosen = method("released-reps")
+    tried(chosen, *problem(), rows(1, 16)[0])
+    assert state_of(chosen) == {}
