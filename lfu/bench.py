@@ -1,0 +1,244 @@
+"""What a step costs: time, memory and arithmetic of each method, beside transformers and peft where they are installed.
+
+All contestants work on the same batch in one process, one after the other, round after round; a ratio is the median of
+the rounds' ratios, because the speed of a machine drifts and its ratios do not. The count of floating-point operations
+says what the ratios should be: a forward pass multiplies each weight with each token once, and so does a backward pass,
+since frozen weights need no gradient of their own.
+
+`three_pass_gradient` is Algorithm 1 or 2 read literally, as the paper and its released code compute it. It equals
+`lfu_gradient`, which needs two passes. No other chapter needs this one.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lfu import lora, steering
+from lfu.data import Batch
+from lfu.lora import TARGETS, Lora, stack
+from lfu.loss import IGNORED, answer_loss, consistency_loss, predicts, targets
+from lfu.memory import peak
+from lfu.model import (
+    Config,
+    Params,
+    Steering,
+    embed,
+    layer_shapes,
+    recording,
+    relative_to,
+    stream_dtype,
+    trunk,
+    unembed,
+)
+from lfu.train import Aux, Metrics, ascend, compiled, differentiate, global_norm, lfu_gradient, sft_gradient
+
+SCALE, ALPHA, LAM = 2.0, 0.1, 5.0
+Work = Callable[[], object]
+
+# --- the contestants ------------------------------------------------------------------------------
+
+
+def own_steps(config: Config, base: Params, task: Lora, batch: Batch, *, compile: bool = False) -> dict[str, Work]:
+    """One gradient of each of our methods; with `compile` the first three through `torch.compile` as well."""
+    rank, device, stream = len(next(iter(task[0].values())).A), base.embed.device, stream_dtype(base)
+    generator = torch.Generator(device).manual_seed(0)
+    aux = lora.init(config, rank, generator=generator, dtype=stream)
+    vectors = steering.zeros(config, device=device, dtype=stream)
+    how = {"scale": SCALE, "alpha": ALPHA, "lam": LAM}
+
+    def steps(**differently: Any) -> dict[str, Work]:
+        return {
+            "sft": partial(sft_gradient, config, base, task, batch, scale=SCALE, **differently),
+            "lfu-lora": partial(lfu_gradient, config, base, task, aux, batch, **how, **differently),
+            "lfu-reps": partial(lfu_gradient, config, base, task, vectors, batch, **how, **differently),
+        }
+
+    fast = {f"{name}, compiled": work for name, work in steps(differentiate=compiled()).items()} if compile else {}
+    three = partial(three_pass_gradient, config, base, task, aux, batch, **how)
+    return steps() | {"lfu-lora, three passes": three} | fast
+
+
+def three_pass_gradient(
+    config: Config, base: Params, task: Lora, aux: Aux, batch: Batch, *, scale: float, alpha: float, lam: float
+) -> tuple[Lora, Metrics]:
+    """`lfu_gradient` without the fusion: a pass for the ascent, then a clean and a perturbed one in a single graph."""
+    x, mask, answers = embed(base, batch.tokens), predicts(batch.labels), targets(batch.labels)
+
+    def states(task: Lora, aux: Aux, product: Any) -> list[Tensor]:
+        if isinstance(aux, Tensor):
+            return trunk(config, base, x, [(task, scale)], Steering(aux, mask), product)
+        return trunk(config, base, x, [stack((task, scale), (aux, scale))], None, product)
+
+    def loss(task: Lora, aux: Aux, product: Any) -> tuple[Tensor, list[Tensor]]:
+        hidden = states(task, aux, product)
+        return answer_loss(unembed(config, base, hidden[-1][mask]), answers), hidden
+
+    def whole(task: Lora) -> tuple[Tensor, Any]:
+        record = {}
+        sft, hidden = loss(task, aux, recording(record))
+        constants = {key: (x0.detach(), y0.detach()) for key, (x0, y0) in record.items()}
+        cons = consistency_loss(hidden, states(task, undesirable, relative_to(constants)), mask)
+        return sft + lam * cons, {"sft": sft, "consistency": cons}
+
+    (g_aux,), _, _ = differentiate(lambda aux: loss(task, aux, recording({})), aux)
+    undesirable = ascend(aux, g_aux, alpha)
+    (gradient,), _, metrics = differentiate(whole, task)
+    return gradient, metrics | {"ascent_norm": global_norm(g_aux)}
+
+
+def peer_steps(folder: Path, base: Params, rank: int, batch: Batch) -> dict[str, Work]:
+    """SFT by transformers and peft, and the released LfU (LoRA) on top of them; nothing where they are not installed."""
+    if not (find_spec("transformers") and find_spec("peft")):
+        return {}
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.embed.dtype).to(base.embed.device)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=list(TARGETS))).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    answer = batch.labels != IGNORED
+
+    def run(states: bool) -> tuple[Tensor, Sequence[Tensor]]:
+        out = model(input_ids=batch.tokens, labels=batch.labels, use_cache=False, output_hidden_states=states)
+        return out.loss, out.hidden_states
+
+    def sft() -> object:
+        return torch.autograd.grad(run(states=False)[0], parameters)
+
+    def move(direction: Sequence[Tensor], length: float) -> None:
+        for parameter, g in zip(parameters, direction, strict=True):
+            parameter.data.add_(g, alpha=length)  # past autograd's back, as the released code does
+
+    def released() -> object:
+        ascent = sft()  # of the second batch; the same one here, so that all have equal lengths
+        length = ALPHA / float(global_norm(list(ascent)))
+        move(ascent, length)
+        perturbed = run(states=True)[1]
+        move(ascent, -length)
+        loss, clean = run(states=True)
+        cons = torch.stack([F.mse_loss(p[answer], c[answer].detach()) for p, c in zip(perturbed, clean)]).mean()
+        return torch.autograd.grad(loss + LAM * cons, parameters)
+
+    return {"transformers + peft: sft": sft, "transformers + peft: released lfu-lora": released}
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+
+class Pass(NamedTuple):
+    """One forward and one backward pass: the rank of its adapters in units of the task's, and where it has logits."""
+
+    ranks: int
+    logits: str  # none, answer or all
+
+
+PASSES = {
+    "sft": [Pass(1, "answer")],
+    "lfu-lora": [Pass(2, "answer"), Pass(2, "none")],
+    "lfu-reps": [Pass(1, "answer"), Pass(1, "none")],
+    "lfu-lora, three passes": [Pass(2, "answer"), Pass(2, "answer"), Pass(2, "none")],
+    "transformers + peft: sft": [Pass(1, "all")],
+    "transformers + peft: released lfu-lora": [Pass(1, "all")] * 3,
+}
+
+
+def step_flops(config: Config, passes: Sequence[Pass], rows: int, length: int, answers: int, rank: int) -> int:
+    """Floating-point operations of a step, a multiplication and an addition being two.
+
+    Of each frozen weight and each token one product forward and one backward; of each adapter's factor two backward,
+    one of them for its own gradient. A query meets half of the keys; attention takes two products forward, and five
+    backward, because the scores are computed again.
+    """
+    tokens, shapes = rows * length, [layer_shapes(config)[name] for name in TARGETS]
+    frozen = 2 * tokens * sum(out * in_ for out, in_ in shapes)
+    factors = 2 * tokens * sum(out + in_ for out, in_ in shapes) * rank
+    product = 2 * tokens * (length / 2) * config.num_attention_heads * config.head_dim
+    head = 2 * config.vocab_size * config.hidden_size
+    logits = {"none": 0, "answer": answers, "all": tokens}
+    blocks = sum(2 * frozen + 3 * each.ranks * factors + 7 * product for each in passes)
+    return round(config.num_hidden_layers * blocks + sum(2 * head * logits[each.logits] for each in passes))
+
+
+def matmul_rate(config: Config, base: Params, tokens: int) -> float:
+    """Operations a second of this machine in the products W x of the model's own MLP, the largest there are."""
+    W = base.layers[0].gate_proj
+    x = torch.randn(tokens, config.hidden_size, device=W.device).to(W.dtype)
+    times = interleaved({"product": lambda: F.linear(x, W)}, 30)["product"]
+    return 2 * tokens * W.numel() / min(times)
+
+
+# --- the measurement ------------------------------------------------------------------------------
+
+
+def interleaved(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each work in each round, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds + 1):
+        for name, work in works.items():
+            times[name].append(timed(work))
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def timed(work: Work) -> float:
+    """Seconds, an accelerator's queue included."""
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronise()
+    start = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def spread(times: Sequence[float], reference: Sequence[float]) -> str:
+    """Median ratio of the rounds, from the least to the greatest."""
+    ratios = [each / other for each, other in zip(times, reference, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def random_batch(config: Config, rows: int, length: int, answer: int, seed: int, device: torch.device) -> Batch:
+    """Random tokens; the last `answer` of each row carry loss."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.vocab_size, (rows, length), generator=generator)
+    labels = tokens.masked_fill(torch.arange(length) < length - answer, IGNORED)
+    return Batch(tokens.to(device), labels.to(device))
+
+
+def step_table(
+    config: Config, base: Params, folder: Path, batch: Batch, *, rank: int, rounds: int, compile: bool
+) -> str:
+    """Markdown: every contestant's time, memory and arithmetic beside our SFT step."""
+    generator = torch.Generator().manual_seed(0)
+    fresh = lora.init(config, rank, generator=generator, dtype=stream_dtype(base))
+    task = tree_map(partial(Tensor.to, device=base.embed.device), fresh)
+    works = own_steps(config, base, task, batch, compile=compile) | peer_steps(folder, base, rank, batch)
+    rows, length = batch.tokens.shape
+    answers = int(predicts(batch.labels).sum())
+    rate, times = matmul_rate(config, base, batch.tokens.numel()), interleaved(works, rounds)
+    peaks = {name: peak(work) for name, work in works.items() if not name.endswith("compiled")}
+    lines = [
+        f"{rows} x {length} tokens, {answers} with loss, {base.embed.dtype}, {torch.get_num_threads()} threads, "
+        f"{rounds} rounds. The machine's matrix products: {rate / 1e9:.0f} GFLOP/s.",
+        "",
+        "| step | time / SFT | tokens/s | peak MiB | / SFT | GFLOP | / SFT | share of the machine's rate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    counts = {
+        name: step_flops(config, PASSES[name.removesuffix(", compiled")], rows, length, answers, rank) for name in works
+    }
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        memory = f"{peaks[name] / 2**20:.0f} | {peaks[name] / peaks['sft']:.2f}" if name in peaks else " | "
+        lines.append(
+            f"| {name} | {spread(seconds, times['sft'])} | {batch.tokens.numel() / median:.0f} | {memory} | "
+            f"{counts[name] / 1e9:.0f} | {counts[name] / counts['sft']:.2f} | {counts[name] / median / rate:.0%} |"
+        )
+    return "\n".join(lines)
