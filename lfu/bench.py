@@ -96,7 +96,7 @@ def three_pass_gradient(
 
 
 def peer_steps(folder: Path, base: Params, rank: int, batch: Batch) -> dict[str, Work]:
-    """SFT by transformers and peft, and the released LfU (LoRA) on top of them; nothing where they are not installed."""
+    """SFT by transformers and peft, and the released LfU (LoRA) on top of them; nothing where either is missing."""
     if not (find_spec("transformers") and find_spec("peft")):
         return {}
     from peft import LoraConfig, get_peft_model
@@ -156,7 +156,7 @@ def step_flops(config: Config, passes: Sequence[Pass], rows: int, length: int, a
 
     Of each frozen weight and each token one product forward and one backward; of each adapter's factor two backward,
     one of them for its own gradient. A query meets half of the keys; attention takes two products forward, and five
-    backward, because the scores are computed again.
+    backward, because the scores are computed again. That the first block's input needs no gradient is left out.
     """
     tokens, shapes = rows * length, [layer_shapes(config)[name] for name in TARGETS]
     frozen = 2 * tokens * sum(out * in_ for out, in_ in shapes)
@@ -213,7 +213,7 @@ def random_batch(config: Config, rows: int, length: int, answer: int, seed: int,
 
 
 def step_table(
-    config: Config, base: Params, folder: Path, batch: Batch, *, rank: int, rounds: int, compile: bool
+    config: Config, base: Params, folder: Path, batch: Batch, *, rank: int, rounds: int, compile: bool = False
 ) -> str:
     """Markdown: every contestant's time, memory and arithmetic beside our SFT step."""
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The `lfu` command: train, eval, generate, merge.
+"""The `lfu` command: train, eval, generate, merge, bench.
 
 Each verb is a function of one options object, so `lfu train --model M --data D --out O` and
 `train(TrainOptions(model=M, data=D, out=O))` are the same thing. Everything is checked before work starts (options,
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from lfu import InputError, __version__, checkpoint, lora, methods, model
+from lfu import bench as benchmark
 from lfu import evaluate as evaluating
 from lfu import generate as generating
 from lfu import train as training
@@ -579,6 +580,43 @@ def merge(options: MergeOptions) -> Path:
     return out
 
 
+# --- bench -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    model: str = option("model folder or hub id")
+    rows: int = option("rows of the batch", 4)
+    length: int = option("tokens of a row", 200)
+    answer: int = option("tokens of a row that carry loss", 120)
+    rank: int = option("rank of the LoRA", 8)
+    rounds: int = option("rounds in which every step is timed once", 7)
+    compile: bool = option("also measure our steps through torch.compile: minutes at the start", False)
+    seed: int = option("seed of the random tokens and adapters", 42)
+    dtype: str | None = option(
+        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
+    )
+    device: str | None = option("cpu, cuda, ... (default: cuda where there is one)", None)
+
+
+def bench(options: BenchOptions) -> str:
+    """Time, memory and arithmetic of a step by each method, and by transformers and peft where they are installed.
+
+    Prints and returns a table in Markdown.
+    """
+    require_counts(options, "rows", "length", "answer", "rank", "rounds")
+    if options.answer >= options.length:
+        raise InputError(f"answer must be less than length, {options.length}, not {options.answer}.")
+    device, folder = choose_device(options.device), checkpoint.local_folder(options.model)
+    config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)
+    batch = benchmark.random_batch(config, options.rows, options.length, options.answer, options.seed, device)
+    table = benchmark.step_table(
+        config, base, folder, batch, rank=options.rank, rounds=options.rounds, compile=options.compile
+    )
+    print(table)
+    return table
+
+
 # --- the command line ------------------------------------------------------------------------------
 
 VERBS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
@@ -586,6 +624,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
     "eval": (EvalOptions, evaluate, "score a model or an adapter"),
     "generate": (GenerateOptions, generate, "answer a question"),
     "merge": (MergeOptions, merge, "write a model folder with the adapter merged in"),
+    "bench": (BenchOptions, bench, "measure what a step costs"),
 }
 
 

@@ -27,10 +27,8 @@ LFU = ("lfu-lora", "lfu-reps")
 # --- less memory for more time --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("auxiliary", ["none", *AUXILIARIES])
-@pytest.mark.parametrize("kind", KINDS)
-def test_remat_changes_no_bit(kind: str, auxiliary: str, dtype: torch.dtype) -> None:
+def remat_gap(kind: str, auxiliary: str, dtype: torch.dtype) -> float:
+    """The largest difference that `remat` makes anywhere in the gradient or the metrics."""
     given = case(kind)
     base = tree_map(lambda leaf: None if leaf is None else leaf.to(dtype), given.base)
     task = tree_map(partial(Tensor.to, dtype=stream_dtype(base)), given.task)
@@ -39,9 +37,14 @@ def test_remat_changes_no_bit(kind: str, auxiliary: str, dtype: torch.dtype) -> 
     else:
         aux = tree_map(partial(Tensor.to, dtype=stream_dtype(base)), fresh(given.config, auxiliary))
         gradient = partial(lfu_gradient, given.config, base, task, aux, given.batch, **SETTINGS)
-    plain, again = gradient(), gradient(remat=True)
-    assert torch.equal(flat(plain[0]), flat(again[0]))
-    assert plain[1] == again[1]
+    return float((flat(gradient()) - flat(gradient(remat=True))).abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("auxiliary", ["none", *AUXILIARIES])
+@pytest.mark.parametrize("kind", KINDS)
+def test_remat_changes_no_bit(kind: str, auxiliary: str, dtype: torch.dtype) -> None:
+    assert remat_gap(kind, auxiliary, dtype) == 0.0
 
 
 @pytest.mark.parametrize("name", ["sft", *LFU])

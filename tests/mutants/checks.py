@@ -13,6 +13,7 @@ import test_data
 import test_generate
 import test_lora
 import test_loss
+import test_memory
 import test_model
 import test_train
 import torch
@@ -109,6 +110,16 @@ MERGED = Check("merged weights act as the adapter", test_lora.EXACT, lambda: [te
 MISROUNDED = none("no merged weight is rounded twice", test_lora.misrounded)
 DRAWN = none("fresh factors are drawn as PEFT draws them", test_lora.misdrawn)
 FRESH = Check("a fresh adapter changes nothing", 0.0, lambda: [test_lora.fresh_error()])
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def remat(*auxiliaries: str) -> Check:
+    def gaps() -> list[float]:
+        return [test_memory.remat_gap("llama31", auxiliary, torch.float64) for auxiliary in auxiliaries]
+
+    return Check(f"remat changes no bit ({', '.join(auxiliaries)})", 0.0, gaps)
+
 
 # --- losses ---------------------------------------------------------------------------------------
 

@@ -479,6 +479,37 @@ STEP = [
     ),
 ]
 
+MEMORY = [
+    *mistakes_in(
+        "memory.alone",
+        ("adapter of the first block", "lora[index : index + 1]", "lora[:1]", checks.remat("none", *checks.BOTH)),
+        (
+            "vector of the first block",
+            "steering.vectors[index : index + 1]",
+            "steering.vectors[:1]",
+            checks.remat("steering"),
+        ),
+    ),
+    *mistakes_in(
+        "memory.relative_to_states",
+        (
+            "products behind the block in place of before it",
+            "before[layer]",
+            "before[layer + 1]",
+            checks.remat(*checks.BOTH),
+        ),
+    ),
+    *mistakes_in(
+        "memory.Rematerialised.backward",
+        (
+            "backward through zeros",
+            "*ctx.saved_tensors)",
+            "*map(torch.zeros_like, ctx.saved_tensors))",
+            checks.remat("none", *checks.BOTH),
+        ),
+    ),
+]
+
 LOOP = [
     *mistakes_in(
         "train.step_gradient",
@@ -735,4 +766,4 @@ GENERATION = [
     ),
 ]
 
-MUTANTS = [*MODEL, *LORA, *LOSS, *STEP, *LOOP, *DATA, *GENERATION]
+MUTANTS = [*MODEL, *LORA, *LOSS, *STEP, *MEMORY, *LOOP, *DATA, *GENERATION]

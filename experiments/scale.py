@@ -1,0 +1,196 @@
+"""The step at true sizes: an 8B model's shapes on one machine, and how cost grows with tokens and blocks.
+
+    python experiments/scale.py step --shape llama-3.1-8b --folder runs/llama-3.1-8b
+    python experiments/scale.py growth
+
+`step` writes random weights in the shape of a published model, once, as bfloat16 shards (16 GB for the larger one), and
+takes one LfU (LoRA) and one LfU (RepS) gradient from one row. The weights stay mapped from the file; what is resident
+beyond them is the step's own. `growth` takes blocks of Llama-3.1-8B's shape, and shows time per token over lengths and
+time per block over depths.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lfu import bench, checkpoint, lora, methods, model
+from lfu.memory import peak
+from lfu.model import Config, Params
+
+SHAPES = {
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+    },
+    "mistral-7b-v0.3": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+    },
+}
+RANK, SHARD = 8, 4 * 10**9
+METHODS = ("lfu-lora", "lfu-reps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    one = verbs.add_parser("step")
+    one.add_argument("--shape", choices=SHAPES, required=True)
+    one.add_argument("--folder", type=Path, required=True)
+    one.add_argument("--length", type=int, default=64)
+    one.add_argument("--remat", action="store_true")
+    one.set_defaults(run=lambda parsed: step(parsed.shape, parsed.folder, parsed.length, parsed.remat))
+    verbs.add_parser("growth").set_defaults(run=lambda _: growth())
+    parsed = parser.parse_args()
+    parsed.run(parsed)
+
+
+# --- one step at full size -------------------------------------------------------------------------
+
+
+def step(shape: str, folder: Path, length: int, remat: bool) -> None:
+    if not (folder / "model.safetensors.index.json").is_file():
+        write(SHAPES[shape], folder)
+    start = time.perf_counter()
+    config, base = model.load(folder, dtype=torch.bfloat16)
+    print(f"{shape}: loaded in {time.perf_counter() - start:.1f} s, {resident():.1f} GiB resident", flush=True)
+    batch = bench.random_batch(config, 1, length, round(0.6 * length), 0, torch.device("cpu"))
+    task = lora.init(config, RANK, generator=torch.Generator().manual_seed(0))
+    print("| method | first step, s | second, s | tensors of the step, GiB | resident at most, GiB | swapped, GiB |")
+    print("|---|---|---|---|---|---|")
+    for name in METHODS:
+        method = methods.bind(name, config, scale=2.0, remat=remat)[0]
+        work = partial(method, config, base, task, batch, torch.Generator().manual_seed(0))
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        first, second, size = bench.timed(work), bench.timed(work), peak(work) / 2**30
+        memory = " | ".join(f"{each:.2f}" for each in (size, resident("VmHWM"), resident("VmSwap")))
+        print(f"| {name} | {first:.1f} | {second:.1f} | {memory} |", flush=True)
+
+
+def resident(line: str = "VmRSS") -> float:
+    """GiB of this process by Linux's own account, the mapped weights included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(each for each in lines if each.startswith(line)).split()[1]) / 2**20
+
+
+def write(settings: dict, folder: Path) -> None:
+    """Random weights, a shard at a time, so that the whole model is never in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(folder / "config.json", settings)
+    config = model.read_config(folder / "config.json")
+    shards = list(sharded(model.tensor_shapes(config)))
+    generator, weight_map = torch.Generator().manual_seed(0), {}
+    for number, shapes in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        checkpoint.write_tensors(folder / file, {name: drawn(shape, generator) for name, shape in shapes.items()})
+        weight_map |= dict.fromkeys(shapes, file)
+        print(f"{folder / file}: {len(shapes)} tensors", flush=True)
+    checkpoint.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def sharded(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The tensors in order, as many to a shard as fit."""
+    shard: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if 2 * sum(map(torch.Size.numel, map(torch.Size, [*shard.values(), shape]))) > SHARD:
+            yield shard
+            shard = {}
+        shard[name] = shape
+    yield shard
+
+
+def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A matrix as models are initialised; the weight of a norm is one."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)
+
+
+# --- growth ----------------------------------------------------------------------------------------
+
+LENGTHS, DEPTHS = (128, 256, 512, 1024, 2048), (1, 2, 3, 4)
+
+
+def growth() -> None:
+    config = shaped(max(DEPTHS))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: drawn(shape, generator) for name, shape in model.tensor_shapes(config).items()}
+    base = model.assemble(config, tensors)
+    print("| tokens of one row, 2 blocks | " + " | ".join(f"{name}, ms a token" for name in METHODS) + " | counted |")
+    print("|---|---|---|---|")
+    for length in LENGTHS:
+        cells = [f"{1e3 * seconds / length:.2f}" for seconds in medians(shaped(2), base, length)]
+        print(f"| {length} | {' | '.join(cells)} | {counted(shaped(2), length) / length / 1e9:.2f} GFLOP |", flush=True)
+    print("\n| blocks, 512 tokens | " + " | ".join(f"{name}, s" for name in METHODS) + " | counted |")
+    print("|---|---|---|---|")
+    for depth in DEPTHS:
+        cells = [f"{seconds:.2f}" for seconds in medians(shaped(depth), base, 512)]
+        print(f"| {depth} | {' | '.join(cells)} | {counted(shaped(depth), 512) / 1e9:.0f} GFLOP |", flush=True)
+
+
+def shaped(blocks: int) -> Config:
+    """So many blocks of Llama-3.1-8B with a small vocabulary, so that the blocks are what is measured."""
+    settings = {name: value for name, value in SHAPES["llama-3.1-8b"].items() if name in Config._fields}
+    settings |= {"vocab_size": 4096, "num_hidden_layers": blocks, "head_dim": 128, "sliding_window": None}
+    return Config(**settings | {"rope_scaling": None})
+
+
+def medians(config: Config, base: Params, length: int) -> list[float]:
+    """Seconds of a gradient of each method."""
+    base = base._replace(layers=base.layers[: config.num_hidden_layers])
+    batch = bench.random_batch(config, 1, length, round(0.6 * length), 0, torch.device("cpu"))
+    task = lora.init(config, RANK, generator=torch.Generator().manual_seed(0))
+    works: dict[str, Callable[[], object]] = {
+        name: partial(
+            methods.bind(name, config, scale=2.0)[0], config, base, task, batch, torch.Generator().manual_seed(0)
+        )
+        for name in METHODS
+    }
+    return [statistics.median(seconds) for seconds in bench.interleaved(works, 3).values()]
+
+
+def counted(config: Config, length: int) -> int:
+    """Floating-point operations of an LfU (LoRA) step."""
+    return bench.step_flops(config, bench.PASSES["lfu-lora"], 1, length, round(0.6 * length), RANK)
+
+
+if __name__ == "__main__":
+    main()

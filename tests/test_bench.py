@@ -1,0 +1,62 @@
+"""The benchmark measures what it says: its slow contestant is the same gradient, its arithmetic PyTorch's own count."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from compare import distance, relative
+from gradients.cases import AUXILIARIES, SETTINGS, case, fresh
+from tiny import CONFIGS, random_lora, random_params
+from torch.utils.flop_counter import FlopCounterMode
+
+from lfu import bench
+from lfu.cli import main
+from lfu.train import lfu_gradient
+
+MINI = Path(__file__).parents[1] / "weights" / "mini"
+CLOSE = 1e-12
+"""Relative error in float64. Measured: at most 3e-14."""
+
+
+@pytest.mark.parametrize("auxiliary", AUXILIARIES)
+def test_three_passes_give_the_gradient_of_two(auxiliary: str) -> None:
+    config, base, task, _ = case()
+    aux = fresh(config, auxiliary)
+    fused = lfu_gradient(config, base, task, aux, case().batch, **SETTINGS)
+    three = bench.three_pass_gradient(config, base, task, aux, case().batch, **SETTINGS)
+    assert distance(three[0], fused[0]) < CLOSE
+    assert set(three[1]) == set(fused[1])
+    assert all(relative(float(three[1][name]), float(fused[1][name])) < CLOSE for name in fused[1])
+
+
+@pytest.mark.parametrize("name", ["sft", "lfu-lora", "lfu-reps", "lfu-lora, three passes"])
+def test_the_arithmetic_of_a_block_is_what_pytorch_counts(name: str) -> None:
+    """By what a third block adds: the first one does less, because nobody differentiates its input."""
+    (counted, by_torch), (before, by_torch_before) = counts(name, 3), counts(name, 2)
+    assert counted - before == pytest.approx(by_torch - by_torch_before, rel=0.02)
+
+
+def counts(name: str, blocks: int) -> tuple[int, int]:
+    """Our count and PyTorch's, for a model whose attention is small beside its matrices."""
+    config = CONFIGS["smollm2"]._replace(hidden_size=256, intermediate_size=512, num_hidden_layers=blocks)
+    base, task = random_params(config, seed=1, dtype=torch.float32), random_lora(config, 4, seed=2, dtype=torch.float32)
+    batch = bench.random_batch(config, 2, 64, 38, 0, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        bench.own_steps(config, base, task, batch)[name]()
+    return bench.step_flops(config, bench.PASSES[name], 2, 64, 76, 4), counter.get_total_flops()
+
+
+def test_the_command_prints_every_contestant(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(MINI), "--rows", "2", "--length", "24", "--answer", "8", "--rounds", "1"]
+    assert main(["bench", *arguments, "--dtype", "bfloat16"]) == 0
+    table = capsys.readouterr().out
+    for name in bench.PASSES:
+        row = re.search(rf"^\| {re.escape(name)} \| (\d+\.\d\d) \(.*%", table, re.MULTILINE)
+        assert row and float(row[1]) > 0
+    assert "2 x 24 tokens, 16 with loss, torch.bfloat16" in table
+
+
+def test_an_answer_as_long_as_its_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--model", str(MINI), "--length", "8", "--answer", "8"]) == 2
+    assert "answer must be less than length, 8, not 8." in capsys.readouterr().err
