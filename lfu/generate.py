@@ -1,8 +1,9 @@
 """Greedy decoding, many prompts at a time.
 
-Each prompt goes once through the decoder to fill the cache, then one token at a time. Rows of a batch may differ in
-length and end at different times: finished rows leave the batch as soon as half of it is finished. A row's result
-does not depend on what it is batched with. Read next: `evaluate.py`.
+Each prompt goes once through the decoder to fill the cache, a few prompts of similar length at a time; then all go on
+together, token by token. Rows of a batch may differ in length and end at different times: finished rows leave the
+batch as soon as half of it is finished. A row's result does not depend on what it is batched with. Read next:
+`evaluate.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,9 @@ from lfu import InputError
 from lfu.data import Codec, pad
 from lfu.lora import Adapter
 from lfu.model import Cache, Config, Params, decode, empty_cache
+
+PREFILL = 8
+"""How many prompts fill the cache together."""
 
 
 class Completion(NamedTuple):
@@ -47,7 +51,8 @@ def generate(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = [prompts[index] for index in indices]
-        tokens = greedy(config, params, codec, batch, adapters, max_new_tokens, stop)
+        with torch.inference_mode():
+            tokens = greedy(config, params, codec, batch, adapters, max_new_tokens, stop)
         yield from zip(indices, (complete(codec, ids, stop) for ids in tokens))
 
 
@@ -61,27 +66,41 @@ def greedy(
     stop: Sequence[str],
 ) -> list[list[int]]:
     """The new tokens of each prompt, the EOS included where there is one."""
-    device = params.embed.device
-    counts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    cache = empty_cache(config, params, len(prompts), int(counts.max()) + max_new_tokens)
+    cache = empty_cache(config, params, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    logits, cache = prefill(config, params, prompts, cache, adapters)
     rows, outputs = list(range(len(prompts))), [[] for _ in prompts]
-    tokens = pad(prompts).to(device)
     done = [False for _ in prompts]
-    for _ in range(max_new_tokens):
-        logits, cache = decode(config, params, tokens, counts, cache, adapters)
+    for left in reversed(range(max_new_tokens)):
         chosen = logits.argmax(-1)  # [rows]
         for row, token in zip(rows, chosen.tolist()):
             if not done[row]:
                 outputs[row].append(token)
                 done[row] = ended(codec, outputs[row], stop)
         going = [place for place, row in enumerate(rows) if not done[row]]
-        if not going:
+        if not (going and left):
             break
         if 2 * len(going) <= len(rows):
-            rows, kept = [rows[place] for place in going], torch.tensor(going, device=device)
+            rows, kept = [rows[place] for place in going], torch.tensor(going, device=chosen.device)
             chosen, cache = chosen[kept], select(cache, kept)
-        tokens, counts = chosen[:, None], torch.ones_like(chosen)
+        logits, cache = decode(config, params, chosen[:, None], torch.ones_like(chosen), cache, adapters)
     return outputs
+
+
+def prefill(
+    config: Config, params: Params, prompts: Sequence[Sequence[int]], cache: Cache, adapters: Sequence[Adapter]
+) -> tuple[Tensor, Cache]:  # -> [B,V]
+    """Logits behind each prompt, and the cache that holds them all.
+
+    PREFILL prompts at a time, written through views of the cache: as prompts come sorted by length, a few of them need
+    little padding, and what is computed in between stays small.
+    """
+    counts = torch.tensor([len(prompt) for prompt in prompts], device=params.embed.device)
+    logits = []
+    for start in range(0, len(prompts), PREFILL):
+        group = slice(start, start + PREFILL)
+        tokens = pad(prompts[group]).to(counts.device)
+        logits.append(decode(config, params, tokens, counts[group], select(cache, group), adapters)[0])
+    return torch.cat(logits), cache._replace(lengths=counts)
 
 
 def ended(codec: Codec, tokens: list[int], stop: Sequence[str]) -> bool:
@@ -92,8 +111,8 @@ def ended(codec: Codec, tokens: list[int], stop: Sequence[str]) -> bool:
     return any(string in text for string in stop)
 
 
-def select(cache: Cache, rows: Tensor) -> Cache:
-    """The cache of some of its rows."""
+def select(cache: Cache, rows: Tensor | slice) -> Cache:
+    """The cache of some of its rows: a copy of them, or a view where they are a slice."""
     keys, values = ([slots[rows] for slots in held] for held in (cache.keys, cache.values))
     return Cache(keys, values, cache.lengths[rows])
 

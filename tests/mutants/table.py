@@ -240,6 +240,19 @@ MODEL = [
             "values[rows, :, positions] = k.transpose(1, 2)",
             checks.decoding("llama31"),
         ),
+        (
+            "key/value heads tiled",
+            "q.reshape(*k.shape[:2], -1, config.head_dim)",
+            "q.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(2, 3)",
+            checks.decoding("llama31"),
+        ),
+        (
+            "each query's mask repeated in a row",
+            ".repeat(1, repeats, 1)",
+            ".repeat_interleave(repeats, 1)",
+            checks.decoding("llama31"),
+        ),
+        ("scores not divided by √h", " / math.sqrt(config.head_dim)", "", checks.decoding("qwen3")),
     ),
 ]
 
@@ -740,6 +753,16 @@ GENERATION = [
         ("the rarest token", "logits.argmax(-1)", "logits.argmin(-1)", checks.generation("qwen3_untied")),
     ),
     *mistakes_in(
+        "generate.prefill",
+        (
+            "every few prompts in the first rows of the cache",
+            "select(cache, group)",
+            "select(cache, slice(0, len(tokens)))",
+            checks.generation("llama31"),
+        ),
+        ("padding counted", "lengths=counts)", "lengths=counts * 0 + counts.max())", checks.generation("llama31")),
+    ),
+    *mistakes_in(
         "generate.ended",
         (
             "only the first EOS id ends",
@@ -751,7 +774,7 @@ GENERATION = [
     ),
     *mistakes_in(
         "generate.select",
-        ("lengths of the wrong rows", "cache.lengths[rows]", "cache.lengths[: len(rows)]", checks.STOPPING),
+        ("lengths of the wrong rows", "cache.lengths[rows]", "cache.lengths[: len(keys[0])]", checks.STOPPING),
     ),
     *mistakes_in(
         "generate.complete",
