@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from lfu import lora, steering
-from lfu.data import Batch
-from lfu.lora import TARGETS, Lora, stack
+from lfu.data import Batch, Codec, pad
+from lfu.generate import generate
+from lfu.lora import TARGETS, Adapter, Lora, stack
 from lfu.loss import IGNORED, answer_loss, consistency_loss, predicts, targets
 from lfu.memory import peak
 from lfu.model import (
@@ -95,15 +95,20 @@ def three_pass_gradient(
     return gradient, metrics | {"ascent_norm": global_norm(g_aux)}
 
 
-def peer_steps(folder: Path, base: Params, rank: int, batch: Batch) -> dict[str, Work]:
-    """SFT by transformers and peft, and the released LfU (LoRA) on top of them; nothing where either is missing."""
+def load_peer(folder: Path, base: Params, rank: int) -> Any:
+    """The same weights and a fresh LoRA by transformers and peft, as they come; None where either is missing."""
     if not (find_spec("transformers") and find_spec("peft")):
-        return {}
+        return None
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.embed.dtype).to(base.embed.device)
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=list(TARGETS))).train()
+    model.generation_config.eos_token_id = None  # decoding goes on for as long as it is asked to
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=list(TARGETS)))
+
+
+def peer_steps(model: Any, batch: Batch) -> dict[str, Work]:
+    """SFT by transformers and peft, and the released LfU (LoRA) on top of them."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     answer = batch.labels != IGNORED
 
@@ -212,14 +217,18 @@ def random_batch(config: Config, rows: int, length: int, answer: int, seed: int,
     return Batch(tokens.to(device), labels.to(device))
 
 
+def fresh_task(config: Config, base: Params, rank: int) -> Lora:
+    """A task LoRA at its start."""
+    generator = torch.Generator(base.embed.device).manual_seed(0)
+    return lora.init(config, rank, generator=generator, dtype=stream_dtype(base))
+
+
 def step_table(
-    config: Config, base: Params, folder: Path, batch: Batch, *, rank: int, rounds: int, compile: bool = False
+    config: Config, base: Params, peer: Any, batch: Batch, *, rank: int, rounds: int, compile: bool = False
 ) -> str:
-    """Markdown: every contestant's time, memory and arithmetic beside our SFT step."""
-    generator = torch.Generator().manual_seed(0)
-    fresh = lora.init(config, rank, generator=generator, dtype=stream_dtype(base))
-    task = tree_map(partial(Tensor.to, device=base.embed.device), fresh)
-    works = own_steps(config, base, task, batch, compile=compile) | peer_steps(folder, base, rank, batch)
+    """Markdown: every contestant's time, memory and arithmetic beside our SFT step; `peer` is from `load_peer`."""
+    works = own_steps(config, base, fresh_task(config, base, rank), batch, compile=compile)
+    works |= peer_steps(peer.train(), batch) if peer else {}
     rows, length = batch.tokens.shape
     answers = int(predicts(batch.labels).sum())
     rate, times = matmul_rate(config, base, batch.tokens.numel()), interleaved(works, rounds)
@@ -241,4 +250,65 @@ def step_table(
             f"| {name} | {spread(seconds, times['sft'])} | {batch.tokens.numel() / median:.0f} | {memory} | "
             f"{counts[name] / 1e9:.0f} | {counts[name] / counts['sft']:.2f} | {counts[name] / median / rate:.0%} |"
         )
+    return "\n".join(lines)
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+def decoding_works(
+    config: Config, base: Params, codec: Codec, peer: Any, prompts: list[list[int]], *, rank: int, new_tokens: int
+) -> dict[str, Work]:
+    """Greedy decoding of equally many tokens, EOS or not, with and without a LoRA beside the weights."""
+    endless = codec._replace(stops=frozenset())
+    tokens = pad([prompt[::-1] for prompt in prompts]).flip(1).to(base.embed.device)  # transformers pads on the left
+    mask = pad([[1] * len(prompt) for prompt in prompts]).flip(1).to(base.embed.device)
+
+    def ours(*adapters: Adapter) -> object:
+        how = {"max_new_tokens": new_tokens, "batch_size": len(prompts)}
+        return list(generate(config, base, endless, prompts, adapters, **how))
+
+    def theirs() -> object:
+        how = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        return peer.generate(input_ids=tokens, attention_mask=mask, **how)
+
+    def theirs_alone() -> object:
+        with peer.disable_adapter():
+            return theirs()
+
+    own = {"lfu": ours, "lfu, with LoRA": partial(ours, (fresh_task(config, base, rank), SCALE))}
+    return own | ({"transformers": theirs_alone, "transformers + peft": theirs} if peer else {})
+
+
+def decoding_table(
+    config: Config,
+    base: Params,
+    codec: Codec,
+    peer: Any,
+    *,
+    prompts: int,
+    length: int,
+    new_tokens: int,
+    rank: int,
+    rounds: int,
+    seed: int,
+) -> str:
+    """Markdown: tokens a second of greedy decoding. The prompts are random, from half the length to all of it."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [max(1, round(length * (0.5 + 0.5 * (row + 1) / prompts))) for row in range(prompts)]
+    texts = [torch.randint(config.vocab_size, (each,), generator=generator).tolist() for each in lengths]
+    if peer:
+        peer.eval()
+    works = decoding_works(config, base, codec, peer, texts, rank=rank, new_tokens=new_tokens)
+    times = interleaved(works, rounds)
+    lines = [
+        f"{prompts} prompts of {lengths[0]} to {lengths[-1]} tokens, {new_tokens} new tokens each, {rounds} rounds.",
+        "",
+        "| greedy decoding | tokens/s | / transformers | / transformers + peft |",
+        "|---|---|---|---|",
+    ]
+    for name, seconds in times.items():
+        speed = prompts * new_tokens / statistics.median(seconds)
+        others = [spread(times[other], seconds) if peer else " " for other in ("transformers", "transformers + peft")]
+        lines.append(f"| {name} | {speed:.0f} | {others[0]} | {others[1]} |")
     return "\n".join(lines)

@@ -590,7 +590,9 @@ class BenchOptions:
     length: int = option("tokens of a row", 200)
     answer: int = option("tokens of a row that carry loss", 120)
     rank: int = option("rank of the LoRA", 8)
-    rounds: int = option("rounds in which every step is timed once", 7)
+    rounds: int = option("rounds in which everything is timed once", 7)
+    prompts: int = option("prompts to decode together, of up to LENGTH tokens", 32)
+    new_tokens: int = option("tokens to decode for each prompt", 64)
     compile: bool = option("also measure our steps through torch.compile: minutes at the start", False)
     seed: int = option("seed of the random tokens and adapters", 42)
     dtype: str | None = option(
@@ -600,21 +602,24 @@ class BenchOptions:
 
 
 def bench(options: BenchOptions) -> str:
-    """Time, memory and arithmetic of a step by each method, and by transformers and peft where they are installed.
+    """What a step of each method costs, and the speed of decoding, beside transformers and peft where installed.
 
-    Prints and returns a table in Markdown.
+    Prints and returns two tables in Markdown.
     """
-    require_counts(options, "rows", "length", "answer", "rank", "rounds")
+    require_counts(options, "rows", "length", "answer", "rank", "rounds", "prompts", "new_tokens")
     if options.answer >= options.length:
         raise InputError(f"answer must be less than length, {options.length}, not {options.answer}.")
     device, folder = choose_device(options.device), checkpoint.local_folder(options.model)
     config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)
     batch = benchmark.random_batch(config, options.rows, options.length, options.answer, options.seed, device)
-    table = benchmark.step_table(
-        config, base, folder, batch, rank=options.rank, rounds=options.rounds, compile=options.compile
-    )
-    print(table)
-    return table
+    codec, peer = load_codec(folder, config.vocab_size), benchmark.load_peer(folder, base, options.rank)
+    how = {"rank": options.rank, "rounds": options.rounds}
+    steps = benchmark.step_table(config, base, peer, batch, compile=options.compile, **how)
+    print(steps, flush=True)
+    asked = {name: getattr(options, name) for name in ("prompts", "length", "new_tokens", "seed")}
+    decoding = benchmark.decoding_table(config, base, codec, peer, **asked, **how)
+    print(f"\n{decoding}")
+    return f"{steps}\n\n{decoding}"
 
 
 # --- the command line ------------------------------------------------------------------------------

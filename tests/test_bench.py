@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lfu import bench
 from lfu.cli import main
+from lfu.data import load_codec
+from lfu.model import load
 from lfu.train import lfu_gradient
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
@@ -49,12 +51,27 @@ def counts(name: str, blocks: int) -> tuple[int, int]:
 
 def test_the_command_prints_every_contestant(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", str(MINI), "--rows", "2", "--length", "24", "--answer", "8", "--rounds", "1"]
+    arguments += ["--prompts", "3", "--new-tokens", "4"]
     assert main(["bench", *arguments, "--dtype", "bfloat16"]) == 0
     table = capsys.readouterr().out
     for name in bench.PASSES:
         row = re.search(rf"^\| {re.escape(name)} \| (\d+\.\d\d) \(.*%", table, re.MULTILINE)
         assert row and float(row[1]) > 0
+    for name in ("lfu", "lfu, with LoRA", "transformers", "transformers + peft"):
+        assert re.search(rf"^\| {re.escape(name)} \| [1-9]\d* \| \d+\.\d\d \(", table, re.MULTILINE)
+    assert "3 prompts of 16 to 24 tokens, 4 new tokens each" in table
     assert "2 x 24 tokens, 16 with loss, torch.bfloat16" in table
+
+
+def test_all_decode_equally_many_tokens() -> None:
+    config, base = load(MINI)
+    codec, peer = load_codec(MINI, config.vocab_size), bench.load_peer(MINI, base, 4)
+    prompts = [[5, 6, 7], [8, 9]]
+    works = bench.decoding_works(config, base, codec, peer, prompts, rank=4, new_tokens=30)
+    for name in ("lfu", "lfu, with LoRA"):
+        assert [len(completion.tokens) for _, completion in works[name]()] == [30, 30]
+    for name in ("transformers", "transformers + peft"):
+        assert works[name]().shape == (2, 33)
 
 
 def test_an_answer_as_long_as_its_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
