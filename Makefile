@@ -1,12 +1,13 @@
 # Everything runs in a virtual environment of its own; python3, pip and make are all that has to be there.
 PYTHON ?= python3
+FOLDER ?= runs
 VENV := .venv
 BIN := $(VENV)/bin
 # Any build of PyTorch from 2.13 on will do. Without a GPU the CPU build saves a download of several gigabytes:
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-.PHONY: install test mutants lint demo walkthrough walkthrough-check clean
+.PHONY: install test mutants lint demo walkthrough walkthrough-check scale clean
 
 install: $(VENV)/installed
 
@@ -28,6 +29,11 @@ walkthrough: $(VENV)/installed-docs
 
 walkthrough-check: $(VENV)/installed-docs
 	$(BIN)/python docs/execute.py --check
+
+# Random weights in the shape of Llama-3.1-8B, then of Mistral-7B (16 GB on disk each), and one LfU step of each kind.
+scale: $(VENV)/installed
+	$(BIN)/python experiments/scale.py step --shape llama-3.1-8b --folder $(FOLDER)/llama-3.1-8b
+	$(BIN)/python experiments/scale.py step --shape mistral-7b-v0.3 --folder $(FOLDER)/mistral-7b-v0.3
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

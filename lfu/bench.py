@@ -173,6 +173,23 @@ def step_flops(config: Config, passes: Sequence[Pass], rows: int, length: int, a
     return round(config.num_hidden_layers * blocks + sum(2 * head * logits[each.logits] for each in passes))
 
 
+LLAMA_8B = Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, None, None, False)  # Llama-3.1
+LLAMA_13B = Config("llama", 32000, 5120, 13824, 40, 40, 40, 128, 1e-5, 1e4, None, None, False)  # Llama-2
+TABLE_10 = {"sft": 1.15, "lfu-lora": 1.16, "lfu-reps": 1.21}
+"""The paper's time of a Llama-2-13B step over one of Llama-3.1-8B, on an H100."""
+
+
+def growth_line(rows: int, length: int, answers: int, rank: int) -> str:
+    """What the count says of 13B over 8B, beside the paper's Table 10."""
+
+    def ratio(name: str) -> float:
+        of_13b, of_8b = (step_flops(each, PASSES[name], rows, length, answers, rank) for each in (LLAMA_13B, LLAMA_8B))
+        return of_13b / of_8b
+
+    cells = ", ".join(f"{name} {ratio(name):.2f} (there {paper})" for name, paper in TABLE_10.items())
+    return f"By this count a step of Llama-2-13B over one of Llama-3.1-8B, as in the paper's Table 10: {cells}."
+
+
 def matmul_rate(config: Config, base: Params, tokens: int) -> float:
     """Operations a second of this machine in the products W x of the model's own MLP, the largest there are."""
     W = base.layers[0].gate_proj
@@ -250,7 +267,7 @@ def step_table(
             f"| {name} | {spread(seconds, times['sft'])} | {batch.tokens.numel() / median:.0f} | {memory} | "
             f"{counts[name] / 1e9:.0f} | {counts[name] / counts['sft']:.2f} | {counts[name] / median / rate:.0%} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", growth_line(rows, length, answers, rank)])
 
 
 # --- decoding -------------------------------------------------------------------------------------
