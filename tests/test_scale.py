@@ -1,0 +1,33 @@
+"""The random weights of `experiments/scale.py` are a model folder like any other, shard by shard."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lfu import model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+import scale
+
+
+@pytest.mark.parametrize("shape", scale.SHAPES)
+def test_what_is_written_can_be_loaded(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    monkeypatch.setattr(scale, "SHARD", 40_000)
+    scale.write(scale.SHAPES[shape] | small, tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    config, base = model.load(tmp_path, dtype=torch.bfloat16)
+    assert config.model_type == scale.SHAPES[shape]["model_type"]
+    assert 0.019 < float(base.layers[1].down_proj.float().std()) < 0.021
+    assert torch.equal(base.norm, torch.ones(64, dtype=torch.bfloat16))
+
+
+def test_the_published_shapes_have_their_published_sizes() -> None:
+    sizes = {"llama-3.1-8b": 8_030_261_248, "mistral-7b-v0.3": 7_248_023_552}
+    for shape, size in sizes.items():
+        settings = scale.SHAPES[shape]
+        config = scale.shaped(settings["num_hidden_layers"])._replace(vocab_size=settings["vocab_size"])
+        assert sum(torch.Size(each).numel() for each in model.tensor_shapes(config).values()) == size
