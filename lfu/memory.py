@@ -1,9 +1,9 @@
 """Memory: how much a step takes, and how to take less of it for more time.
 
-Two of the three parts of a step's memory are kept on purpose: what the backward pass needs from inside the blocks, and
-the clean pass's products, to which the perturbed pass is exact. `rematerialised` and `relative_to_states` keep neither.
-They find the states h_l and compute the inside of a block again, whenever it is needed, from the state before it; the
-operations are the same, so the gradients are equal bit for bit.
+A step keeps three things: the states h_l; what the backward pass needs from inside the blocks; and the clean pass's
+products, to which the perturbed pass is exact. `rematerialised` and `relative_to_states` keep the states alone, and
+compute the inside of a block again from the state before it whenever it is needed. The operations are the same, so the
+gradients are equal bit for bit.
 
 `peak` counts what a step takes, and `expected_peak` foretells it from two much smaller steps.
 

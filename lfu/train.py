@@ -6,7 +6,7 @@ ascent direction of Eq. 2. One more of each yields the gradient of the consisten
 
 Gradients are values: `torch.func` returns them as trees of the same shape as what they belong to.
 
-Read next: `methods.py`.
+Read next: `methods.py`; `memory.py` is for when a step does not fit.
 """
 
 import math
