@@ -31,6 +31,7 @@ from lfu.model import (
     Config,
     Params,
     Steering,
+    base_product,
     embed,
     layer_shapes,
     recording,
@@ -89,22 +90,33 @@ def three_pass_gradient(
         cons = consistency_loss(hidden, states(task, undesirable, relative_to(constants)), mask)
         return sft + lam * cons, {"sft": sft, "consistency": cons}
 
-    (g_aux,), _, _ = differentiate(lambda aux: loss(task, aux, recording({})), aux)
+    (g_aux,), _, _ = differentiate(lambda aux: loss(task, aux, base_product), aux)
     undesirable = ascend(aux, g_aux, alpha)
     (gradient,), _, metrics = differentiate(whole, task)
     return gradient, metrics | {"ascent_norm": global_norm(g_aux)}
 
 
-def load_peer(folder: Path, base: Params, rank: int) -> Any:
-    """The same weights and a fresh LoRA by transformers and peft, as they come; None where either is missing."""
+class Peers(NamedTuple):
+    """The same weights by transformers, and once more with a fresh LoRA by peft; both as they come."""
+
+    plain: Any
+    adapted: Any
+
+
+def load_peers(folder: Path, base: Params, rank: int) -> Peers | None:
+    """None where transformers or peft is not installed."""
     if not (find_spec("transformers") and find_spec("peft")):
         return None
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.embed.dtype).to(base.embed.device)
-    model.generation_config.eos_token_id = None  # decoding goes on for as long as it is asked to
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=list(TARGETS)))
+    def plain() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.embed.dtype).to(base.embed.device)
+        model.generation_config.eos_token_id = None  # decoding goes on for as long as it is asked to
+        return model.eval()
+
+    settings = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=list(TARGETS))
+    return Peers(plain(), get_peft_model(plain(), settings))
 
 
 def peer_steps(model: Any, batch: Batch) -> dict[str, Work]:
@@ -143,7 +155,7 @@ class Pass(NamedTuple):
     """One forward and one backward pass: the rank of its adapters in units of the task's, and where it has logits."""
 
     ranks: int
-    logits: str  # none, answer or all
+    logits: str  # none, answer, all, or all without a backward pass through them
 
 
 PASSES = {
@@ -152,7 +164,7 @@ PASSES = {
     "lfu-reps": [Pass(1, "answer"), Pass(1, "none")],
     "lfu-lora, three passes": [Pass(2, "answer"), Pass(2, "answer"), Pass(2, "none")],
     "transformers + peft: sft": [Pass(1, "all")],
-    "transformers + peft: released lfu-lora": [Pass(1, "all")] * 3,
+    "transformers + peft: released lfu-lora": [Pass(1, "all"), Pass(1, "all"), Pass(1, "all forward")],
 }
 
 
@@ -168,9 +180,9 @@ def step_flops(config: Config, passes: Sequence[Pass], rows: int, length: int, a
     factors = 2 * tokens * sum(out + in_ for out, in_ in shapes) * rank
     product = 2 * tokens * (length / 2) * config.num_attention_heads * config.head_dim
     head = 2 * config.vocab_size * config.hidden_size
-    logits = {"none": 0, "answer": answers, "all": tokens}
+    logits = {"none": 0, "answer": 2 * answers, "all": 2 * tokens, "all forward": tokens}
     blocks = sum(2 * frozen + 3 * each.ranks * factors + 7 * product for each in passes)
-    return round(config.num_hidden_layers * blocks + sum(2 * head * logits[each.logits] for each in passes))
+    return round(config.num_hidden_layers * blocks + sum(head * logits[each.logits] for each in passes))
 
 
 LLAMA_8B = Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, None, None, False)  # Llama-3.1
@@ -241,11 +253,11 @@ def fresh_task(config: Config, base: Params, rank: int) -> Lora:
 
 
 def step_table(
-    config: Config, base: Params, peer: Any, batch: Batch, *, rank: int, rounds: int, compile: bool = False
+    config: Config, base: Params, peers: Peers | None, batch: Batch, *, rank: int, rounds: int, compile: bool = False
 ) -> str:
-    """Markdown: every contestant's time, memory and arithmetic beside our SFT step; `peer` is from `load_peer`."""
+    """Markdown: every contestant's time, memory and arithmetic beside our SFT step."""
     works = own_steps(config, base, fresh_task(config, base, rank), batch, compile=compile)
-    works |= peer_steps(peer.train(), batch) if peer else {}
+    works |= peer_steps(peers.adapted.train(), batch) if peers else {}
     rows, length = batch.tokens.shape
     answers = int(predicts(batch.labels).sum())
     rate, times = matmul_rate(config, base, batch.tokens.numel()), interleaved(works, rounds)
@@ -274,7 +286,14 @@ def step_table(
 
 
 def decoding_works(
-    config: Config, base: Params, codec: Codec, peer: Any, prompts: list[list[int]], *, rank: int, new_tokens: int
+    config: Config,
+    base: Params,
+    codec: Codec,
+    peers: Peers | None,
+    prompts: list[list[int]],
+    *,
+    rank: int,
+    new_tokens: int,
 ) -> dict[str, Work]:
     """Greedy decoding of equally many tokens, EOS or not, with and without a LoRA beside the weights."""
     endless = codec._replace(stops=frozenset())
@@ -285,23 +304,22 @@ def decoding_works(
         how = {"max_new_tokens": new_tokens, "batch_size": len(prompts)}
         return list(generate(config, base, endless, prompts, adapters, **how))
 
-    def theirs() -> object:
+    def theirs(model: Any) -> object:
         how = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-        return peer.generate(input_ids=tokens, attention_mask=mask, **how)
+        return model.generate(input_ids=tokens, attention_mask=mask, **how)
 
-    def theirs_alone() -> object:
-        with peer.disable_adapter():
-            return theirs()
-
-    own = {"lfu": ours, "lfu, with LoRA": partial(ours, (fresh_task(config, base, rank), SCALE))}
-    return own | ({"transformers": theirs_alone, "transformers + peft": theirs} if peer else {})
+    works = {"lfu": ours, "lfu, with LoRA": partial(ours, (fresh_task(config, base, rank), SCALE))}
+    if peers:
+        works |= {"transformers": partial(theirs, peers.plain)}
+        works |= {"transformers + peft": partial(theirs, peers.adapted.eval())}
+    return works
 
 
 def decoding_table(
     config: Config,
     base: Params,
     codec: Codec,
-    peer: Any,
+    peers: Peers | None,
     *,
     prompts: int,
     length: int,
@@ -314,9 +332,7 @@ def decoding_table(
     generator = torch.Generator().manual_seed(seed)
     lengths = [max(1, round(length * (0.5 + 0.5 * (row + 1) / prompts))) for row in range(prompts)]
     texts = [torch.randint(config.vocab_size, (each,), generator=generator).tolist() for each in lengths]
-    if peer:
-        peer.eval()
-    works = decoding_works(config, base, codec, peer, texts, rank=rank, new_tokens=new_tokens)
+    works = decoding_works(config, base, codec, peers, texts, rank=rank, new_tokens=new_tokens)
     times = interleaved(works, rounds)
     lines = [
         f"{prompts} prompts of {lengths[0]} to {lengths[-1]} tokens, {new_tokens} new tokens each, {rounds} rounds.",
@@ -326,6 +342,6 @@ def decoding_table(
     ]
     for name, seconds in times.items():
         speed = prompts * new_tokens / statistics.median(seconds)
-        others = [spread(times[other], seconds) if peer else " " for other in ("transformers", "transformers + peft")]
+        others = [spread(times[other], seconds) if peers else " " for other in ("transformers", "transformers + peft")]
         lines.append(f"| {name} | {speed:.0f} | {others[0]} | {others[1]} |")
     return "\n".join(lines)

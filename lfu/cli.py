@@ -89,7 +89,7 @@ class TrainOptions:
     )
     device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda where there is one)", None)
     remat: bool = option("compute the inside of each block again in the backward pass: less memory, more time", False)
-    compile: bool = option("compile the gradients with torch.compile: minutes at the start, then faster steps", False)
+    compile: bool = option("compile the gradients with torch.compile: takes minutes, once and for single rows", False)
     save_every: int | None = option("steps between checkpoints (default: an epoch)", None)
     keep: int = option("how many of the last checkpoints to keep", 1)
     resume: bool = option("continue the run in OUT from its last checkpoint", False)
@@ -153,7 +153,8 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     fresh = lora.init(config, options.rank, generator=generator, dtype=model.stream_dtype(base))
     task = tree_map(partial(Tensor.to, device=device), fresh)
     print_memory(base, task)
-    print_peak(partial(methods.tried, method, config, base, task), examples, options.micro_batch_size)
+    rows = min(options.micro_batch_size, options.batch_size)
+    print_peak(partial(methods.tried, method, config, base, task), examples, rows)
     if rank == 0 and not options.resume:
         checkpoint.write_json(out / "settings.json", settings)
     optimizer, first = training.adamw(task, schedule), 0
@@ -230,12 +231,15 @@ def print_memory(base: model.Params, task: lora.Lora) -> None:
     )
 
 
-def print_peak(step: Callable[[Example], object], examples: list[Example], micro_batch_size: int) -> None:
-    """What the largest micro-batch will take on top. The longest row is in it, and pads all others."""
-    rows, length = min(micro_batch_size, len(examples)), max(len(example.tokens) for example in examples)
-    share = sum(example.supervised for example in examples) / sum(len(example.tokens) for example in examples)
-    expected = expected_peak(step, rows * length, share) / 2**20
-    print(f"A step over {rows} x {length} tokens is expected to take {expected:.0f} MiB more at its peak.")
+def print_peak(step: Callable[[Example], object], examples: list[Example], rows: int) -> None:
+    """What the largest micro-batch there may be takes on top: the longest rows, all padded to the longest of them."""
+    longest = sorted(examples, key=lambda example: len(example.tokens))[-rows:]
+    tokens = len(longest) * len(longest[-1].tokens)
+    expected = expected_peak(step, tokens, sum(example.supervised for example in longest) / tokens) / 2**20
+    print(
+        f"A micro-batch of {len(longest)} x {len(longest[-1].tokens)} tokens is expected to take {expected:.0f} MiB "
+        "more at its peak."
+    )
 
 
 @dataclass(frozen=True)
@@ -610,14 +614,16 @@ def bench(options: BenchOptions) -> str:
     if options.answer >= options.length:
         raise InputError(f"answer must be less than length, {options.length}, not {options.answer}.")
     device, folder = choose_device(options.device), checkpoint.local_folder(options.model)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the clock waits for this one
     config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)
     batch = benchmark.random_batch(config, options.rows, options.length, options.answer, options.seed, device)
-    codec, peer = load_codec(folder, config.vocab_size), benchmark.load_peer(folder, base, options.rank)
+    codec, peers = load_codec(folder, config.vocab_size), benchmark.load_peers(folder, base, options.rank)
     how = {"rank": options.rank, "rounds": options.rounds}
-    steps = benchmark.step_table(config, base, peer, batch, compile=options.compile, **how)
+    steps = benchmark.step_table(config, base, peers, batch, compile=options.compile, **how)
     print(steps, flush=True)
     asked = {name: getattr(options, name) for name in ("prompts", "length", "new_tokens", "seed")}
-    decoding = benchmark.decoding_table(config, base, codec, peer, **asked, **how)
+    decoding = benchmark.decoding_table(config, base, codec, peers, **asked, **how)
     print(f"\n{decoding}")
     return f"{steps}\n\n{decoding}"
 
@@ -639,16 +645,31 @@ def main(arguments: list[str] | None = None) -> int:
     options, run, _ = VERBS[parsed.pop("verb")]
     try:
         run(options(**parsed))
-    except (InputError, FloatingPointError, OSError, MemoryError) as error:
+    except (InputError, FloatingPointError, OSError) as error:
         print(f"lfu: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        print(f"lfu: out of memory: {error} Lower --batch-size, or give a smaller --dtype.", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not training.is_out_of_memory(error):
+            raise
+        print(f"lfu: {str(error) or 'Out of memory.'} What helps: {smaller(options(**parsed))}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"lfu: {str(interrupt) or 'Interrupted.'}", file=sys.stderr)
         return 130
     return 0
+
+
+def smaller(options: Any) -> str:
+    """The options that would lower a verb's memory and are not used yet."""
+    ways = ["--dtype bfloat16"] if getattr(options, "dtype", "bfloat16") not in ("bfloat16", "float16") else []
+    if isinstance(options, TrainOptions):
+        ways += ["--remat"] if not (options.remat or options.compile or options.method.startswith("released")) else []
+        ways += ["a lower --max-length", "a lower --micro-batch-size (for LfU a setting of the method)"]
+    elif isinstance(options, EvalOptions):
+        ways += ["a lower --batch-size"]
+    elif isinstance(options, BenchOptions):
+        ways += ["fewer --rows", "a lower --length"]
+    return ", ".join(ways) or "a device with more memory"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -63,7 +63,7 @@ def consistency_loss(
 
     def per_layer(h: Tensor, h_perturbed: Tensor) -> Tensor:
         distances = reduce((h.detach() - h_perturbed).square(), dim=-1)  # [B,T]
-        return (distances * mask).sum() / mask.sum()
+        return torch.where(mask, distances, 0.0).sum() / mask.sum()
 
     return torch.stack([per_layer(hidden[i - 1], perturbed[i - 1]) for i in chosen_layers(layers, len(hidden))]).mean()
 

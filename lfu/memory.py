@@ -126,11 +126,11 @@ def block_record(
 
 
 class Tally(TorchDispatchMode):
-    """Counts the bytes of all storages that operations made and something still holds, and the most there were."""
+    """After each operation, the bytes of all storages that operations made and that something still holds."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.most, self.held = 0, 0, set()
+        self.now, self.moments, self.held = 0, [], set()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = storages((args, kwargs))
@@ -139,8 +139,8 @@ class Tally(TorchDispatchMode):
             if key not in given and key not in self.held:
                 self.held.add(key)
                 self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
                 weakref.finalize(storage, self.drop, key, storage.nbytes())
+        self.moments.append(self.now)
         return result
 
     def drop(self, key: int, size: int) -> None:
@@ -154,24 +154,32 @@ def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     return {storage._cdata: storage for storage in found}
 
 
-def peak(work: Callable[[], object]) -> int:
-    """The most bytes that the tensors made by some work take at a time, on whatever device.
-
-    A C library that does not return freed memory at once holds more than that; see `docs/performance.md`.
-    """
+def moments(work: Callable[[], object]) -> list[int]:
+    """The bytes that the tensors made by some work take after each of its operations, on whatever device."""
     with Tally() as tally:
         work()
-    return tally.most
+    return tally.moments
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most of these bytes at a time.
+
+    Temporaries inside an operation are not seen, and a C library that does not return freed memory at once holds more;
+    see `docs/performance.md`.
+    """
+    return max(moments(work))
 
 
 SMALL = (16, 48)
+"""Tokens of the two rows that a step is tried on."""
 
 
 def expected_peak(step: Callable[[Example], object], tokens: int, share: float) -> int:
     """What `peak` will be for a step of so many tokens, a share of which carry loss, without running it.
 
-    `step` is tried on one short row twice. But for gradients of the adapters, which are the same every time, all that a
-    step makes grows with its tokens; so the rest lies on the line through these two.
+    `step` is tried on two short rows. It does the same operations whatever the length, and what it holds at each of
+    these moments grows linearly with the tokens; only which of them is the worst changes.
     """
-    low, high = (peak(partial(step, Example([0] * size, size - max(1, round(share * size)), 0))) for size in SMALL)
-    return round(low + (high - low) * (tokens - SMALL[0]) / (SMALL[1] - SMALL[0]))
+    short, long = (moments(partial(step, Example([0] * size, size - max(1, round(share * size)), 0))) for size in SMALL)
+    further = (tokens - SMALL[0]) / (SMALL[1] - SMALL[0])
+    return round(max(low + (high - low) * further for low, high in zip(short, long)))

@@ -315,26 +315,22 @@ def decode(
     end = int(positions.max()) + 1
     if end > cache.keys[0].shape[2]:
         raise InputError(f"The cache has room for {cache.keys[0].shape[2]} tokens a row; {end} are needed.")
-    x = embed(params, tokens)
-    cos, sin = rotary_tables(config, positions, x.dtype)
-    rotary = cos[:, None], sin[:, None]  # [B,1,T,h]
-    seen = visible(positions, torch.arange(end, device=tokens.device), config.sliding_window)  # [B,T,end]
-    repeats = config.num_attention_heads // config.num_key_value_heads
-    mask = seen.to(x.dtype).log().repeat(1, repeats, 1)[:, None]  # 0 or -inf, [B,1,H/G*T,end]
+    mask = visible(positions, torch.arange(end, device=tokens.device), config.sliding_window)[:, None]  # [B,1,T,end]
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
 
     def attend_through(keys: Tensor, values: Tensor) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys[rows, :, positions] = k.transpose(1, 2)
             values[rows, :, positions] = v.transpose(1, 2)
-            # Spelled out: for a single query this is faster than torch's own attention, whose CUDA kernels for float32
-            # would also need a copy of keys and values for every query head.
-            grouped = q.reshape(*k.shape[:2], -1, config.head_dim)  # [B,G,H/G*T,h]
-            scores = (keys[:, :, :end] @ grouped.mT).mT / math.sqrt(config.head_dim) + mask
-            return (scores.softmax(-1) @ values[:, :, :end]).reshape(q.shape)
+            return F.scaled_dot_product_attention(
+                q, keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=True
+            )
 
         return attend
 
+    x = embed(params, tokens)
+    cos, sin = rotary_tables(config, positions, x.dtype)
+    rotary = cos[:, None], sin[:, None]  # [B,1,T,h]
     for index, layer in enumerate(params.layers):
         linear = adapted(layer, index, adapters, base_product)
         x = block(config, layer, x, rotary, linear, attend_through(cache.keys[index], cache.values[index]))

@@ -130,10 +130,11 @@ def lfu_gradient(
 
 
 def compiled() -> Differentiate:
-    """`differentiate` through `torch.compile`: faster steps after minutes of compiling, for all shapes at once.
+    """`differentiate` through `torch.compile`: faster steps after minutes of compiling, once for all shapes.
 
-    The compiler wants gradients that can be differentiated again, and then keeps only what it needs. It rounds less
-    than the default in low precision: the results agree as far as that precision goes.
+    Only a batch of a single row is compiled anew. The compiler wants gradients that can be differentiated again, and
+    then keeps only what it needs. It rounds less than the default in low precision: the results agree as far as that
+    precision goes.
     """
 
     def whole(objective: Objective, *arguments: Any) -> tuple[tuple[Any, ...], Tensor, Any]:
@@ -263,18 +264,22 @@ def step_gradient(
 
 @contextmanager
 def told_where(step: int, micro_batch: Sequence[Example]) -> Iterator[None]:
-    """MemoryError, naming the batch and what helps, where the device has no room for it."""
+    """MemoryError, naming the batch, where the device has no room for it."""
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        if not is_out_of_memory(error):
             raise
         rows, length = len(micro_batch), max(len(example.tokens) for example in micro_batch)
         raise MemoryError(
             f"Step {step + 1}: out of memory in a batch of {rows} x {length} tokens, the rows of lines "
-            f"{[example.row for example in micro_batch]}. Use --remat or --dtype bfloat16, or lower --max-length or "
-            "--micro-batch-size (for LfU a setting of the method)."
+            f"{[example.row for example in micro_batch]}."
         ) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an accelerator or the CPU could not give the memory asked for; for the CPU, torch has no class of it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def place() -> tuple[int, int]:

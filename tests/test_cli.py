@@ -661,7 +661,26 @@ def test_out_of_memory_names_the_batch_and_what_helps(
     monkeypatch.setattr(methods, "sft_gradient", full)
     assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method="sft") == 2
     message = capsys.readouterr().err
-    assert re.search(r"Step 1: out of memory in a batch of 4 x \d+ tokens, the rows of lines \[\d+, .*--remat", message)
+    assert re.search(r"Step 1: out of memory in a batch of 4 x \d+ tokens, the rows of lines \[\d+, ", message)
+    assert "What helps: --dtype bfloat16, --remat, a lower --max-length, a lower --micro-batch-size" in message
+
+
+def test_out_of_memory_while_decoding_names_what_helps_there(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*given: Any, **named: Any) -> Any:
+        raise torch.OutOfMemoryError("full.")
+
+    monkeypatch.setattr(cli.generating, "generate", full)
+    assert lfu("eval", model=MINI, data=data, nll=False, dtype="bfloat16") == 2
+    assert refusal(capsys) == "full. What helps: a lower --batch-size."
+
+
+def test_remat_trains_the_same_adapter(data: Path, tmp_path: Path) -> None:
+    for name, options in {"plain": {}, "remat": {"remat": True}}.items():
+        assert lfu("train", model=MINI, data=data, out=tmp_path / name, epochs=2, **options) == 0
+    plain, remat = (tensors_in(tmp_path / name / "adapter") for name in ("plain", "remat"))
+    assert all(torch.equal(plain[name], remat[name]) for name in plain)
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -677,7 +696,7 @@ def test_the_expected_peak_is_the_peak(
 
     monkeypatch.setitem(methods.METHODS, method, measured)
     assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method=method, epochs=1) == 0
-    told = re.search(r"A step over 4 x \d+ tokens is expected to take (\d+) MiB", capsys.readouterr().out)
+    told = re.search(r"A micro-batch of 4 x \d+ tokens is expected to take (\d+) MiB", capsys.readouterr().out)
     assert told
     assert 0.8 < float(told[1]) * 2**20 / max(peaks) < 1.2
 

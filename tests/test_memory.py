@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import flat
+from compare import flat, relative
 from gradients.cases import AUXILIARIES, SETTINGS, case, fresh
 from tiny import CONFIGS, KINDS, random_lora, random_params, random_tokens
 from torch import Tensor
@@ -100,13 +100,26 @@ def test_peak_is_what_the_allocator_reports(name: str) -> None:
     assert peak(work) == pytest.approx(allocated(work), rel=0.1)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+NEAR = 5e-3
+"""Relative error of the expected peak, beside `peak` itself: bytes, the same every time. Measured: at most 4.3e-3."""
+
+
+def expected_peak_error(name: str, rank: int, remat: bool, shape: tuple[int, int] = (4, 200)) -> float:
+    """For a model so wide that the adapters' gradients outweigh the states of a short row."""
+    config = CONFIGS["llama31"]._replace(hidden_size=256, intermediate_size=512, num_hidden_layers=3)
+    given = config, random_params(config, seed=1), random_lora(config, rank, seed=2)
+    chosen = bind(name, config, scale=2.0, remat=remat)[0]
+    expected = expected_peak(partial(tried, chosen, *given), shape[0] * shape[1], 0.6)
+    batch = collate(rows(*shape))
+    return relative(expected, peak(lambda: chosen(*given, batch, torch.Generator().manual_seed(0))))
+
+
 @pytest.mark.parametrize("shape", [(1, 200), (4, 64), (2, 500)])
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("name", ["sft", *LFU])
-def test_the_expected_peak_is_the_peak(name: str, shape: tuple[int, int], remat: bool) -> None:
-    chosen = method(name, remat=remat)
-    expected = expected_peak(partial(tried, chosen, *problem()), shape[0] * shape[1], 0.6)
-    assert expected == pytest.approx(allocated(partial(step, chosen, *shape)), rel=0.2)
+def test_the_expected_peak_is_the_peak(name: str, remat: bool, rank: int, shape: tuple[int, int]) -> None:
+    assert expected_peak_error(name, rank, remat, shape) < NEAR
 
 
 def test_trying_a_method_leaves_its_state_alone() -> None:

@@ -21,3 +21,11 @@ def test_the_python_example_trains(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.parametrize("name, lines", re.findall(r"\| \[(\w+\.py)\]\(lfu/\w+\.py\) \| (\d+) \|", README))
 def test_the_line_counts_are_about_right(name: str, lines: str) -> None:
     assert len((ROOT / "lfu" / name).read_text(encoding="utf-8").splitlines()) == pytest.approx(int(lines), abs=25)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_to_files(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link

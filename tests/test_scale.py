@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lfu import model
+from lfu import checkpoint, model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
@@ -25,9 +25,9 @@ def test_what_is_written_can_be_loaded(shape: str, tmp_path: Path, monkeypatch: 
     assert torch.equal(base.norm, torch.ones(64, dtype=torch.bfloat16))
 
 
-def test_the_published_shapes_have_their_published_sizes() -> None:
+def test_the_published_shapes_have_their_published_sizes(tmp_path: Path) -> None:
     sizes = {"llama-3.1-8b": 8_030_261_248, "mistral-7b-v0.3": 7_248_023_552}
     for shape, size in sizes.items():
-        settings = scale.SHAPES[shape]
-        config = scale.shaped(settings["num_hidden_layers"])._replace(vocab_size=settings["vocab_size"])
-        assert sum(torch.Size(each).numel() for each in model.tensor_shapes(config).values()) == size
+        checkpoint.write_json(tmp_path / f"{shape}.json", scale.SHAPES[shape])
+        shapes = model.tensor_shapes(model.read_config(tmp_path / f"{shape}.json"))
+        assert sum(torch.Size(each).numel() for each in shapes.values()) == size

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import test_bench
 import test_data
 import test_generate
 import test_lora
@@ -114,12 +115,23 @@ FRESH = Check("a fresh adapter changes nothing", 0.0, lambda: [test_lora.fresh_e
 # --- memory ---------------------------------------------------------------------------------------
 
 
+@cache
 def remat(*auxiliaries: str) -> Check:
     def gaps() -> list[float]:
         return [test_memory.remat_gap("llama31", auxiliary, torch.float64) for auxiliary in auxiliaries]
 
     return Check(f"remat changes no bit ({', '.join(auxiliaries)})", 0.0, gaps)
 
+
+EXPECTED_PEAK = Check(
+    "the expected peak is the peak", test_memory.NEAR, lambda: [test_memory.expected_peak_error("lfu-reps", 64, True)]
+)
+FLOPS = Check(
+    "a block's arithmetic is PyTorch's count", test_bench.EQUAL, lambda: [test_bench.block_flops_error("sft")]
+)
+HEAD_FLOPS = Check(
+    "the output layer's arithmetic is PyTorch's count", test_bench.EQUAL, lambda: [test_bench.head_flops_error("sft")]
+)
 
 # --- losses ---------------------------------------------------------------------------------------
 

@@ -165,8 +165,8 @@ MODEL = [
         "model.trunk",
         (
             "h_l taken before the block",
-            "        x = block(config, layer, x,",
-            "        hidden.append(x)\n        x = block(config, layer, x,",
+            "        x = block(config, layer, x.view_as(x),",
+            "        hidden.append(x)\n        x = block(config, layer, x.view_as(x),",
             checks.part("consistency", *checks.BOTH),
         ),
         (
@@ -240,19 +240,6 @@ MODEL = [
             "values[rows, :, positions] = k.transpose(1, 2)",
             checks.decoding("llama31"),
         ),
-        (
-            "key/value heads tiled",
-            "q.reshape(*k.shape[:2], -1, config.head_dim)",
-            "q.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(2, 3)",
-            checks.decoding("llama31"),
-        ),
-        (
-            "each query's mask repeated in a row",
-            ".repeat(1, repeats, 1)",
-            ".repeat_interleave(repeats, 1)",
-            checks.decoding("llama31"),
-        ),
-        ("scores not divided by √h", " / math.sqrt(config.head_dim)", "", checks.decoding("qwen3")),
     ),
 ]
 
@@ -370,13 +357,13 @@ LOSS = [
         ),
         (
             "one position late",
-            "distances * mask)",
-            "distances * mask.roll(1, 1))",
+            "where(mask, distances",
+            "where(mask.roll(1, 1), distances",
             checks.part("consistency", *checks.BOTH),
         ),
         (
             "prompts and padding too",
-            "(distances * mask).sum() / mask.sum()",
+            "torch.where(mask, distances, 0.0).sum() / mask.sum()",
             "distances.mean()",
             checks.part("consistency", *checks.BOTH),
         ),
@@ -462,7 +449,7 @@ STEP = [
     *mistakes_in(
         "train.ascend",
         ("descent", "a + step", "a - step", checks.WHOLE),
-        ("not normalised", "step = alpha / length", "step = alpha", checks.part("consistency", *checks.BOTH)),
+        ("not normalised", "alpha / length, 0.0", "alpha, 0.0", checks.part("consistency", *checks.BOTH)),
         (
             "one norm per tensor",
             "step * g",
@@ -470,7 +457,7 @@ STEP = [
             checks.part("consistency", *checks.BOTH),
         ),
         ("sign of the gradient", "step * g", "alpha * g.sign()", checks.part("consistency", *checks.BOTH)),
-        ("squared norm", "step = alpha / length", "step = alpha / length**2", checks.part("consistency", *checks.BOTH)),
+        ("squared norm", "alpha / length, 0.0", "alpha / length**2, 0.0", checks.part("consistency", *checks.BOTH)),
     ),
     *mistakes_in(
         "train.global_norm",
@@ -513,6 +500,15 @@ MEMORY = [
         ),
     ),
     *mistakes_in(
+        "memory.expected_peak",
+        (
+            "a line through the two peaks",
+            "max(low + (high - low) * further for low, high in zip(short, long))",
+            "max(short) + (max(long) - max(short)) * further",
+            checks.EXPECTED_PEAK,
+        ),
+    ),
+    *mistakes_in(
         "memory.Rematerialised.backward",
         (
             "backward through zeros",
@@ -520,6 +516,16 @@ MEMORY = [
             "*map(torch.zeros_like, ctx.saved_tensors))",
             checks.remat("none", *checks.BOTH),
         ),
+    ),
+]
+
+BENCH = [
+    *mistakes_in(
+        "bench.step_flops",
+        ("attention forgotten", "+ 7 * product", "", checks.FLOPS),
+        ("a gradient of the frozen weights", "2 * frozen +", "3 * frozen +", checks.FLOPS),
+        ("adapters' own gradient forgotten", "3 * each.ranks", "2 * each.ranks", checks.FLOPS),
+        ("output layer without its backward pass", '"answer": 2 * answers', '"answer": answers', checks.HEAD_FLOPS),
     ),
 ]
 
@@ -789,4 +795,4 @@ GENERATION = [
     ),
 ]
 
-MUTANTS = [*MODEL, *LORA, *LOSS, *STEP, *MEMORY, *LOOP, *DATA, *GENERATION]
+MUTANTS = [*MODEL, *LORA, *LOSS, *STEP, *MEMORY, *BENCH, *LOOP, *DATA, *GENERATION]
