@@ -168,21 +168,30 @@ PASSES = {
 }
 
 
-def step_flops(config: Config, passes: Sequence[Pass], rows: int, length: int, answers: int, rank: int) -> int:
-    """Floating-point operations of a step, a multiplication and an addition being two.
+def flop_parts(
+    config: Config, passes: Sequence[Pass], rows: int, length: int, answers: int, rank: int
+) -> dict[str, float]:
+    """Floating-point operations of a step by what they are for, a multiplication and an addition being two.
 
     Of each frozen weight and each token one product forward and one backward; of each adapter's factor two backward,
     one of them for its own gradient. A query meets half of the keys; attention takes two products forward, and five
     backward, because the scores are computed again. That the first block's input needs no gradient is left out.
     """
     tokens, shapes = rows * length, [layer_shapes(config)[name] for name in TARGETS]
-    frozen = 2 * tokens * sum(out * in_ for out, in_ in shapes)
-    factors = 2 * tokens * sum(out + in_ for out, in_ in shapes) * rank
-    product = 2 * tokens * (length / 2) * config.num_attention_heads * config.head_dim
-    head = 2 * config.vocab_size * config.hidden_size
+    per_block = 2 * tokens * config.num_hidden_layers
+    ranks = rank * sum(each.ranks for each in passes)
     logits = {"none": 0, "answer": 2 * answers, "all": 2 * tokens, "all forward": tokens}
-    blocks = sum(2 * frozen + 3 * each.ranks * factors + 7 * product for each in passes)
-    return round(config.num_hidden_layers * blocks + sum(head * logits[each.logits] for each in passes))
+    return {
+        "frozen weights": 2 * len(passes) * per_block * sum(out * in_ for out, in_ in shapes),
+        "adapters": 3 * ranks * per_block * sum(out + in_ for out, in_ in shapes),
+        "attention": 7 * len(passes) * per_block * (length / 2) * config.num_attention_heads * config.head_dim,
+        "output layer": 2 * config.vocab_size * config.hidden_size * sum(logits[each.logits] for each in passes),
+    }
+
+
+def step_flops(config: Config, passes: Sequence[Pass], rows: int, length: int, answers: int, rank: int) -> int:
+    """All of `flop_parts`."""
+    return round(sum(flop_parts(config, passes, rows, length, answers, rank).values()))
 
 
 LLAMA_8B = Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, None, None, False)  # Llama-3.1
@@ -279,7 +288,9 @@ def step_table(
             f"| {name} | {spread(seconds, times['sft'])} | {batch.tokens.numel() / median:.0f} | {memory} | "
             f"{counts[name] / 1e9:.0f} | {counts[name] / counts['sft']:.2f} | {counts[name] / median / rate:.0%} |"
         )
-    return "\n".join([*lines, "", growth_line(rows, length, answers, rank)])
+    parts = flop_parts(config, PASSES["sft"], rows, length, answers, rank)
+    of_sft = ", ".join(f"{name} {part / counts['sft']:.1%}" for name, part in parts.items())
+    return "\n".join([*lines, "", f"SFT's arithmetic: {of_sft}.", "", growth_line(rows, length, answers, rank)])
 
 
 # --- decoding -------------------------------------------------------------------------------------
