@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import partial
 from io import StringIO
@@ -121,6 +121,8 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     try:
         with nullcontext() if training.place()[0] == 0 else redirect_stdout(StringIO()):
             yield device
+        with suppress(RuntimeError):  # a process lost behind its last step is no loss
+            distributed.barrier()  # none leaves while another still needs it
     finally:
         distributed.destroy_process_group()
 

@@ -456,7 +456,7 @@ def test_bind_says_what_the_settings_were_resolved_to() -> None:
     method, resolved = bind("lfu-lora", CONFIG, scale=2.0, lam=500.0, alpha=None)
     assert resolved == {"alpha": 0.1, "lam": 500.0, "norm": "mean", "layers": [1, 2]}
     assert isinstance(method, partial)
-    assert method.keywords == {"scale": 2.0, **resolved}
+    assert method.keywords == {"scale": 2.0, "remat": False, **resolved}
     assert bind("sft", CONFIG, scale=2.0, alpha=None)[1] == {}
 
 

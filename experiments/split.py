@@ -1,0 +1,145 @@
+"""LfU (RepS) split at the end of the prompt: the same gradient from 3.2 passes in place of 4, of which SFT has 2.
+
+    python experiments/split.py --model SMOLLM2 --dtype bfloat16
+
+Steering acts on the answer's positions only, and attention looks back only. So the perturbed pass finds the prompt as
+the clean pass left it: its keys and values. It has to be run over the answer alone, and so has the backward pass of
+either loss, down to the cotangents of the prompt's keys and values; these are added up, and one backward pass through
+the prompt takes both. At an answer of 60 % that is 0.4 (1 + 1) + 0.6 (2 + 2) = 3.2 passes.
+
+This is not how the project trains: rows would need prompts of one length, or a second kind of padding, and the two
+passes would no longer be the two that the paper writes down.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vjp
+from torch.utils._pytree import tree_map
+
+from lfu import bench, model, steering
+from lfu.data import Batch
+from lfu.lora import Lora
+from lfu.loss import answer_loss, consistency_loss, predicts, targets
+from lfu.model import (
+    Attend,
+    Config,
+    Params,
+    Product,
+    adapted,
+    base_product,
+    block,
+    embed,
+    recording,
+    relative_to,
+    rotary_tables,
+    unembed,
+    visible,
+)
+from lfu.train import ascend, lfu_gradient, sft_gradient
+
+Past = list[tuple[Tensor, Tensor]]
+"""The prompt's keys and values, [B,G,S,h] each, for every block."""
+
+
+def split_gradient(
+    config: Config, base: Params, task: Lora, batch: Batch, *, scale: float, alpha: float, lam: float
+) -> Lora:
+    """`lfu_gradient` with steering vectors, for rows whose prompts are of one length and whose answers fill the row."""
+    mask, answers = predicts(batch.labels), targets(batch.labels)
+    start = int(mask[0].nonzero()[0])  # the first position that is steered
+    x, mask = embed(base, batch.tokens), mask[:, start:]
+    vectors = steering.zeros(config, device=x.device, dtype=x.dtype)
+
+    def prompt(task: Lora) -> Past:
+        return through(config, base, x[:, :start], task, scale, [None] * len(base.layers), 0, None, base_product)[1]
+
+    def answer(task: Lora, past: Past, vectors: Tensor, product: Product) -> list[Tensor]:
+        steered = mask[..., None] * vectors[:, None, None]  # [K,B,T,D]
+        return through(config, base, x[:, start:], task, scale, past, start, steered, product)[0]
+
+    def sft(task: Lora, past: Past, vectors: Tensor) -> tuple[Tensor, Any]:
+        record = {}
+        hidden = answer(task, past, vectors, recording(record))
+        return answer_loss(unembed(config, base, hidden[-1][mask]), answers), (hidden, record)
+
+    def consistency(task: Lora, past: Past) -> Tensor:
+        return consistency_loss(hidden, answer(task, past, undesirable, relative_to(record)), mask)
+
+    past, into_prompt = vjp(prompt, task)
+    loss, pull_sft, (hidden, record) = vjp(sft, task, past, vectors, has_aux=True)
+    with torch.no_grad():
+        g_task, g_past, g_vectors = pull_sft(torch.ones_like(loss), retain_graph=False)
+    undesirable = ascend(vectors, g_vectors, alpha)
+    loss, pull_cons = vjp(consistency, task, past)
+    with torch.no_grad():
+        c_task, c_past = pull_cons(torch.ones_like(loss), retain_graph=False)
+        (p_task,) = into_prompt(tree_map(lambda g, c: g + lam * c, g_past, c_past), retain_graph=False)
+    return tree_map(lambda g, c, p: g + lam * c + p, g_task, c_task, p_task)
+
+
+def through(
+    config: Config,
+    base: Params,
+    x: Tensor,
+    task: Lora,
+    scale: float,
+    past: Past | list[None],
+    start: int,
+    steered: Tensor | None,
+    product: Product,
+) -> tuple[list[Tensor], Past]:
+    """The blocks over positions from `start` on, behind the keys and values of those before: states, and theirs."""
+    positions = torch.arange(start, start + x.shape[1], device=x.device)
+    rotary, hidden, present = rotary_tables(config, positions, x.dtype), [], []
+    seen = visible(positions, torch.arange(start + x.shape[1], device=x.device), config.sliding_window)
+    for index, layer in enumerate(base.layers):
+        attend = attention(past[index], seen, present)
+        x = block(config, layer, x, rotary, adapted(layer, index, [(task, scale)], product), attend)
+        x = x if steered is None else x + steered[index]
+        hidden.append(x)
+    return hidden, present
+
+
+def attention(before: tuple[Tensor, Tensor] | None, seen: Tensor, present: Past) -> Attend:
+    """Attention to what came before and to itself; its own keys and values are appended to `present`."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        present.append((k, v))
+        if before is not None:
+            k, v = (torch.cat(each, dim=2) for each in zip(before, (k, v)))
+        k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+    return attend
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parsed = parser.parse_args()
+    config, base = model.load(parsed.model, dtype=getattr(torch, parsed.dtype))
+    batch = bench.random_batch(config, 4, 200, 120, 0, torch.device("cpu"))
+    task, vectors = bench.fresh_task(config, base, 8), steering.zeros(config)
+    how = {"scale": 2.0, "alpha": 0.1, "lam": 0.1}
+    times = bench.interleaved(
+        {
+            "sft": partial(sft_gradient, config, base, task, batch, scale=2.0),
+            "lfu-reps": partial(lfu_gradient, config, base, task, vectors, batch, **how),
+            "lfu-reps, split": partial(split_gradient, config, base, task, batch, **how),
+        },
+        parsed.rounds,
+    )
+    for name, seconds in times.items():
+        print(f"{name}: {bench.spread(seconds, times['sft'])} x SFT")
+
+
+if __name__ == "__main__":
+    main()
