@@ -12,14 +12,14 @@ time per block over depths.
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lfu import bench, checkpoint, lora, methods, model
+from lfu import bench, checkpoint, methods, model
 from lfu.memory import peak
 from lfu.model import Config, Params
 
@@ -92,17 +92,22 @@ def step(shape: str, folder: Path, length: int, remat: bool) -> None:
     start = time.perf_counter()
     config, base = model.load(folder, dtype=torch.bfloat16)
     print(f"{shape}: loaded in {time.perf_counter() - start:.1f} s, {resident():.1f} GiB resident", flush=True)
-    batch = bench.random_batch(config, 1, length, round(0.6 * length), 0, torch.device("cpu"))
-    task = lora.init(config, RANK, generator=torch.Generator().manual_seed(0))
     print("| method | first step, s | second, s | tensors of the step, GiB | resident at most, GiB | swapped, GiB |")
     print("|---|---|---|---|---|---|")
     for name in METHODS:
-        method = methods.bind(name, config, scale=2.0, remat=remat)[0]
-        work = partial(method, config, base, task, batch, torch.Generator().manual_seed(0))
+        work = gradient(name, config, base, length, remat=remat)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         first, second, size = bench.timed(work), bench.timed(work), peak(work) / 2**30
         memory = " | ".join(f"{each:.2f}" for each in (size, resident("VmHWM"), resident("VmSwap")))
         print(f"| {name} | {first:.1f} | {second:.1f} | {memory} |", flush=True)
+
+
+def gradient(name: str, config: Config, base: Params, length: int, *, remat: bool = False) -> bench.Work:
+    """One gradient of a method from one row, three fifths of which are answer."""
+    batch = bench.random_batch(config, 1, length, round(0.6 * length), 0, torch.device("cpu"))
+    method = methods.bind(name, config, scale=2.0, remat=remat)[0]
+    task = bench.fresh_task(config, base, RANK)
+    return partial(method, config, base, task, batch, torch.Generator().manual_seed(0))
 
 
 def resident(line: str = "VmRSS") -> float:
@@ -176,14 +181,7 @@ def shaped(blocks: int) -> Config:
 def medians(config: Config, base: Params, length: int) -> list[float]:
     """Seconds of a gradient of each method."""
     base = base._replace(layers=base.layers[: config.num_hidden_layers])
-    batch = bench.random_batch(config, 1, length, round(0.6 * length), 0, torch.device("cpu"))
-    task = lora.init(config, RANK, generator=torch.Generator().manual_seed(0))
-    works: dict[str, Callable[[], object]] = {
-        name: partial(
-            methods.bind(name, config, scale=2.0)[0], config, base, task, batch, torch.Generator().manual_seed(0)
-        )
-        for name in METHODS
-    }
+    works = {name: gradient(name, config, base, length) for name in METHODS}
     return [statistics.median(seconds) for seconds in bench.interleaved(works, 3).values()]
 
 
