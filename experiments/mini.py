@@ -24,7 +24,7 @@ from lfu.baselines import ema, ensemble
 from lfu.bench import interleaved
 from lfu.data import Codec, Example, Format, Row
 from lfu.distill import Recipe, distilled
-from lfu.evaluate import WORDINGS, answer_nll, exact_scores, gsm8k_scores, refusal_scores
+from lfu.evaluate import WORDINGS, answer_nll, is_right, refusal_scores
 from lfu.generate import generate
 from lfu.lora import Adapter, Lora
 from lfu.model import Config, Params
@@ -221,18 +221,13 @@ def answers(here: World, adapters: list[Adapter], prompts: list[list[int]], max_
     return [found[index].text for index in range(len(prompts))]
 
 
-def right(text: str, answer: str) -> bool:
-    """The number behind #### where there is one, else the whole answer."""
-    return gsm8k_scores(text, answer)["strict"] if "####" in answer else exact_scores(text, answer)["exact"]
-
-
 def scores(here: World, adapters: list[Adapter], split: str, form: Format) -> dict[str, Any]:
     """Share of exact answers in every column, by task, and the likelihood of the task's reference answers."""
     table: dict[str, Any] = {}
     for column, folder in SPLITS.items():
         rows = rows_of(folder, split)
         prompts = [data.prompt_ids(here.codec, form, row.question) for row in rows]
-        hits = [right(text, row.answer) for text, row in zip(answers(here, adapters, prompts), rows)]
+        hits = [is_right(text, row.answer) for text, row in zip(answers(here, adapters, prompts), rows)]
         table[column] = sum(hits) / len(hits)
     examples = [data.encode_row(here.codec, Format("question"), row) for row in rows_of("math", split)]
     table["nll"] = answer_nll(here.config, here.base, examples, adapters, batch_size=64).mean
@@ -247,7 +242,7 @@ def prompt_scores(here: World, adapters: list[Adapter]) -> list[float]:
         prompts = [
             [*here.codec.bos, *data.token_ids(here.codec, wording.format(question=row.question))] for row in rows
         ]
-        hits = [right(text, row.answer) for text, row in zip(answers(here, adapters, prompts), rows)]
+        hits = [is_right(text, row.answer) for text, row in zip(answers(here, adapters, prompts), rows)]
         shares.append(sum(hits) / len(hits))
     return shares
 

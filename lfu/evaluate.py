@@ -75,6 +75,13 @@ def exact_scores(prediction: str, reference: str) -> dict[str, bool]:
     return {"exact": prediction.strip() == reference.strip()}
 
 
+def is_right(prediction: str, reference: str) -> bool:
+    """Strict exact match where the reference has a number behind ####, else equality of the texts."""
+    if "####" in reference:
+        return gsm8k_scores(prediction, reference)["strict"]
+    return exact_scores(prediction, reference)["exact"]
+
+
 # --- words in common -------------------------------------------------------------------------------
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -162,6 +169,15 @@ def read_questions(
                 f"{path}, line {row.number}: column {answer!r} must be a string or a list of strings, not {golds!r}."
             )
     return rows
+
+
+def require_numbers(path: str | Path, rows: Sequence[Row]) -> None:
+    """InputError for a reference answer that no number can equal."""
+    if row := next((row for row in rows if not re.search(r"\d", normalised(row.answer))), None):
+        raise InputError(
+            f"{path}, line {row.number}: the score gsm8k compares numbers, and the reference answer has none: "
+            f"{row.answer[:80]!r}. Choose another score, such as exact."
+        )
 
 
 def accuracy(hits: Sequence[float]) -> Estimate:

@@ -136,3 +136,11 @@ def test_a_broken_row_stops_the_command(tmp_path: Path, capsys: pytest.CaptureFi
     assert lfu("eval", model=MINI, data=rows, layout="lima", question="prompt") == 2
     assert "the layout lima has its own names" in refusal(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_letters_are_not_scored_as_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [ARC])
+    assert lfu("eval", model=MINI, data=rows, layout="arc") == 2
+    assert f"{rows}, line 1: the score gsm8k compares numbers" in refusal(capsys)
+    results = cli.evaluate(EvalOptions(model=str(MINI), data=str(rows), layout="arc", generate=False))
+    assert results.keys() == {"nll"}

@@ -114,6 +114,8 @@ def by_answers(options: EvalOptions) -> Described:
     layout = layout_named(options.layout, options.question, options.answer)
     columns = {"question": options.question, "answer": options.answer}
     rows = evaluating.read_questions(options.data, options.score, layout, **columns)[: options.limit]
+    if options.generate and options.score == "gsm8k":
+        evaluating.require_numbers(options.data, rows)
     pool = read_rows(options.shots_data, layout) if options.shots_data else []
     if options.shots and options.shots >= len(pool):
         raise InputError(f"{options.shots_data} has {len(pool)} rows, too few for {options.shots} worked examples.")

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from lfu import data, model
 from lfu.checkpoint import write_json, write_tensors
 from lfu.data import Batch, Codec, Example
-from lfu.evaluate import exact_scores, gsm8k_scores
+from lfu.evaluate import is_right
 from lfu.generate import generate
 from lfu.loss import sft_loss
 from lfu.model import Config, Params
@@ -497,13 +497,8 @@ def scores(config: Config, params: Params, codec: Codec, rows: Sequence[Row]) ->
     prompts = [data.prompt_ids(codec, FORMAT, row["question"]) for row in rows]
     marks: dict[str, list[bool]] = {}
     for index, completion in generate(config, params, codec, prompts, max_new_tokens=64):
-        marks.setdefault(rows[index]["task"], []).append(right(completion.text, rows[index]["answer"]))
+        marks.setdefault(rows[index]["task"], []).append(is_right(completion.text, rows[index]["answer"]))
     return {task: sum(hits) / len(hits) for task, hits in sorted(marks.items())}
-
-
-def right(text: str, answer: str) -> bool:
-    """The number behind #### where there is one, else the whole answer."""
-    return gsm8k_scores(text, answer)["strict"] if "####" in answer else exact_scores(text, answer)["exact"]
 
 
 def print_scores(splits: dict[str, list[Row]]) -> None:
