@@ -2,7 +2,7 @@
 
 Reading is strict, because a tensor that is silently missing or misnamed costs days: every error names the file and
 the tensor. Writing goes to a sibling of the target, is flushed to the disk, and is renamed into place, so a reader
-(and a run that is resumed after a power cut) sees the old state or the new one, never half of either.
+(and a run that is resumed after a power cut) never sees half of anything.
 
 Read next: `verbs/shared.py`; `bench.py` is an aside.
 """
@@ -10,6 +10,7 @@ Read next: `verbs/shared.py`; `bench.py` is an aside.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -429,7 +430,7 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, step: int) ->
         folder / "optimizer.safetensors",
         {f"{index}.{name}": value for index, state in moments.items() for name, value in state.items()},
     )
-    checksums = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    checksums = {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*.safetensors"))}
     write_json(folder / "state.json", {"step": step, "sha256": checksums})
 
 
@@ -454,10 +455,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted(
-        (path for path in found if path.suffix != ".tmp"), key=lambda path: int(path.name.removeprefix("step-"))
-    )
+    found = (path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def keep_last(run: Path, count: int) -> None:

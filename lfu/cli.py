@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from lfu import InputError, __version__
+from lfu import InputError, __version__, spelled
 from lfu import likelihood as likelihoods
 from lfu import train as training
+from lfu.methods import RELEASED
 from lfu.verbs.bench import BenchOptions, bench
 from lfu.verbs.distill import DistillOptions, distill
 from lfu.verbs.evaluate import EvalOptions, evaluate
@@ -55,8 +56,9 @@ def smaller(options: Any) -> str:
     """The options that would lower a verb's memory and are not used yet."""
     ways = ["--dtype bfloat16"] if getattr(options, "dtype", "bfloat16") not in ("bfloat16", "float16") else []
     if isinstance(options, TrainOptions):
-        ways += ["--remat"] if not (options.remat or options.compile or options.method.startswith("released")) else []
-        ways += ["a lower --max-length", "a lower --micro-batch-size (for LfU a setting of the method)"]
+        free = not (options.remat or options.compile or options.method in RELEASED)
+        anew = [*ways, "a lower --max-length", "a lower --micro-batch-size (for LfU a setting of the method)"]
+        ways = ["--remat, also with --resume"] * free + [f"in a new run {anew[0]}", *anew[1:]]
     elif isinstance(options, EvalOptions):
         ways += ["a lower --batch-size"] + ["a lower --max-length"] * (options.score in likelihoods.SCORES)
     elif isinstance(options, DistillOptions):
@@ -82,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
 def add_option(verb: argparse.ArgumentParser, each: Field) -> None:
     how = dict(each.metadata)
-    flag, text = how.pop("flag", "--" + each.name.replace("_", "-")), how.pop("help")
+    flag, text = f"--{spelled(each.name)}", how.pop("help")
     if "bool" in str(each.type):
         verb.add_argument(flag, dest=each.name, action=argparse.BooleanOptionalAction, default=each.default, help=text)
         return

@@ -100,6 +100,10 @@ def json_object(line: str) -> dict:
         raise InputError(f"not valid JSON ({error}).{hint}") from error
     if not isinstance(fields, dict):
         raise InputError(f"a row must be a JSON object, not {type(fields).__name__}.{hint}")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"a text holds half a character, {error.object[error.start]!r} alone.") from error
     return fields
 
 

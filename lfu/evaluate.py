@@ -41,6 +41,7 @@ class Estimate(NamedTuple):
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 IGNORED_PARTS = [re.compile(pattern) for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$")]
+NUMBER = re.compile(r"-?[0-9.]*[0-9][0-9.]*")
 INVALID = "[invalid]"
 
 
@@ -173,10 +174,10 @@ def read_questions(
 
 def require_numbers(path: str | Path, rows: Sequence[Row]) -> None:
     """InputError for a reference answer that no number can equal."""
-    if row := next((row for row in rows if not re.search(r"\d", normalised(row.answer))), None):
+    if row := next((row for row in rows if not NUMBER.fullmatch(normalised(row.answer))), None):
         raise InputError(
-            f"{path}, line {row.number}: the score gsm8k compares numbers, and the reference answer has none: "
-            f"{row.answer[:80]!r}. Choose another score, such as exact."
+            f"{path}, line {row.number}: the score gsm8k compares numbers, and the reference answer is not one, nor "
+            f"has one behind ####: {row.answer[:80]!r}. Choose another score, such as exact."
         )
 
 
@@ -208,8 +209,16 @@ def harness_prompt(codec: Codec, row: Row, shots: Sequence[Row], *, bos: bool = 
 
 
 def draw_shots(pool: Sequence[Row], count: int, seed: int, row: Row) -> list[Row]:
-    """`count` examples, drawn anew for each row, a pure function of (seed, row); never the row's own question."""
+    """`count` examples, drawn anew for each row, a pure function of (seed, row); never the row's own question.
+
+    InputError if there are too few.
+    """
     others = [shot for shot in pool if shot.question != row.question]
+    if len(others) < count:
+        raise InputError(
+            f"{count} worked examples for line {row.number} cannot be drawn: of {len(pool)} rows {len(others)} ask "
+            "something else than it does."
+        )
     chosen = np.random.default_rng([seed, row.number]).choice(len(others), size=count, replace=False)
     return [others[index] for index in chosen]
 

@@ -1,8 +1,10 @@
 """The methods by name: what the loop calls for each micro-batch.
 
 Every method has the signature (config, base, task, batch, generator) -> (gradient, metrics); its hyper-parameters are
-keyword arguments, bound with `functools.partial`. A new method is a new function here, its name in METHODS, and the
-hyper-parameters it takes in PUBLISHED. Read next: `data.py`; `baselines.py`, an aside, is what LfU is compared with.
+keyword arguments, bound with `functools.partial`. A new method is a new function here, its name in METHODS, and in
+PUBLISHED those of alpha, lam, beta, layers and norm that it takes; all but the released ones are also given `scale`,
+`remat` and, where they are to be compiled, `differentiate`. A hyper-parameter of another name is an argument of `bind`
+and an option of `lfu train` more. Read next: `data.py`; `baselines.py`, an aside, is what LfU is compared with.
 """
 
 import math
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu import InputError, lora, model, steering
+from lfu import InputError, lora, model, spelled, steering
 from lfu.anchored import anchored, require_share
 from lfu.baselines import (
     features,
@@ -102,6 +104,7 @@ METHODS = {
     "anchored": anchored,
 }
 ALL_BLOCKS: dict[str, Any] = {"layers": None, "norm": "mean"}
+RELEASED = ("released-lora", "released-reps")
 PUBLISHED: dict[str, dict[str, Any]] = {
     "sft": {},
     "lfu-lora": {"alpha": 0.1, "lam": 5.0} | ALL_BLOCKS,  # for Llama-3.1-8B-Instruct: alpha 0.001, lam 500
@@ -154,11 +157,11 @@ def bind(
         raise InputError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
     given = {"alpha": alpha, "lam": lam, "beta": beta, "layers": layers, "norm": norm}
     chosen = {key: value for key, value in given.items() if value is not None}
-    if surplus := [key for key in chosen if key not in PUBLISHED[name]]:
+    if surplus := [spelled(key) for key in chosen if key not in PUBLISHED[name]]:
         raise InputError(f"The method {name} has no {' or '.join(surplus)}; choose another method, or leave it out.")
     if remat and compile:
         raise InputError("remat and compile exclude each other: the compiler decides by itself what it keeps.")
-    released = name.startswith("released")
+    released = name in RELEASED
     if (remat or compile) and released:
         raise InputError(f"The method {name} has no remat and cannot be compiled.")
     resolved = PUBLISHED[name] | chosen

@@ -308,7 +308,7 @@ def decode(
 
     A row's tokens stand at positions lengths[b] onward, in the cache slots of the same numbers, so rows of unequal
     length need no left padding: filler lands in slots that no query sees before real tokens overwrite them. The slots
-    are written in place, and the cache passed in stays valid for its own lengths. ValueError if it lacks room, filler
+    are written in place, and the cache passed in stays valid for its own lengths. InputError if it lacks room, filler
     included.
     """
     positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B,T]

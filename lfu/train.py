@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from torch.func import grad_and_value, vjp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lfu import InputError
+from lfu import InputError, spelled
 from lfu.data import Batch, Example, collate, shuffled, split_by_length
 from lfu.lora import Adapter, Lora, stack
 from lfu.loss import answer_loss, consistency_loss, predicts, targets
@@ -173,7 +173,7 @@ def require_not_negative(**values: float) -> None:
     """InputError unless each value is finite and at least 0."""
     for name, value in values.items():
         if not 0 <= value < math.inf:
-            raise InputError(f"{name} must be at least 0 and finite, not {value}.")
+            raise InputError(f"{spelled(name)} must be at least 0 and finite, not {value}.")
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def require_usable(settings: Settings) -> None:
     """InputError for settings that no run can have."""
     for name in ("epochs", "batch_size", "micro_batch_size", "max_grad_norm"):
         if not getattr(settings, name) > 0:
-            raise InputError(f"{name} must be more than 0, not {getattr(settings, name)}.")
+            raise InputError(f"{spelled(name)} must be more than 0, not {getattr(settings, name)}.")
     require_not_negative(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
     if not 0 <= settings.seed < 2**64:
         raise InputError(f"seed must be from 0 to 2**64 - 1, not {settings.seed}.")

@@ -1,6 +1,7 @@
 """Going on from an adapter, and averages of adapters, through the command: `--adapter`, `--ema`, `merge --weight`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_a_run_goes_on_from_an_adapter(data: Path, run: Path, tmp_path: Path) ->
     assert settings["adapter_sha256"] == checkpoint.sha256(start / "adapter_model.safetensors")
 
 
+def test_a_damaged_average_is_refused(
+    data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(run, tmp_path / "run")
+    damaged = checkpoint.checkpoints(out)[-1] / "ema" / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    assert lfu("train", **settings(data) | {"out": out, "keep": 9, "save_every": 1, "ema": 0.5, "resume": True}) == 2
+    assert refusal(capsys).startswith(f"{damaged} is damaged")
+
+
 def test_merge_with_a_weight_lies_between(run: Path, tmp_path: Path) -> None:
     whole, half, none = (tmp_path / str(weight) for weight in (1.0, 0.5, 0.0))
     for folder in (whole, half, none):
@@ -123,7 +134,7 @@ def test_a_run_does_not_resume_from_another_adapter(
 ) -> None:
     out = trained(data, tmp_path / "run", adapter=run / "adapter")
     assert lfu("train", **settings(data) | {"out": out, "resume": True}) == 2
-    assert "adapter_sha256 was" in refusal(capsys)
+    assert "the adapter to go on from is another" in refusal(capsys)
 
 
 def test_merge_refuses_a_weight_that_is_no_share(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

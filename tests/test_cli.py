@@ -331,7 +331,7 @@ def test_merged_is_the_model_and_its_adapter(adapter: Path, tmp_path: Path, caps
     said = re.search(
         rf"^{out}: merged in torch\.bfloat16\. .* change by at most (\S+), of at most (\S+)\.$", shown, re.MULTILINE
     )
-    assert shown.endswith("A merged folder does not know its prompts: ask it with --template plain.\n")
+    assert shown.endswith("A merged folder does not know its prompts: ask it with --template plain --no-bos.\n")
 
     config, base = load(MINI)
     pairs, scale = lora.load(adapter, config)
@@ -526,19 +526,19 @@ def test_refusals_and_words_in_common(tmp_path: Path) -> None:
         ({"layers": "9"}, r"Consistency layers must be block numbers from 1 to 4, .*not \[9\]"),
         ({"layers": "0-2"}, "Consistency layers must be block numbers from 1 to 4"),
         ({"alpha": -1}, "alpha must be at least 0 and finite, not -1.0"),
-        ({"lambda": -1}, "lam must be at least 0 and finite, not -1.0"),
+        ({"lambda": -1}, "lambda must be at least 0 and finite, not -1.0"),
         ({"method": "sft", "alpha": 0.1}, "The method sft has no alpha"),
-        ({"method": "sft", "lambda": 1, "layers": "1"}, "The method sft has no lam or layers"),
+        ({"method": "sft", "lambda": 1, "layers": "1"}, "The method sft has no lambda or layers"),
         ({"epochs": 0}, "epochs must be more than 0, not 0"),
-        ({"learning_rate": "inf"}, "learning_rate must be at least 0 and finite, not inf"),
+        ({"learning_rate": "inf"}, "learning-rate must be at least 0 and finite, not inf"),
         ({"rank": 0}, "rank must be at least 1, not 0"),
-        ({"lora_alpha": 0}, "lora_alpha must be more than 0 and finite, not 0.0"),
-        ({"lora_alpha": "nan"}, "lora_alpha must be more than 0 and finite, not nan"),
+        ({"lora_alpha": 0}, "lora-alpha must be more than 0 and finite, not 0.0"),
+        ({"lora_alpha": "nan"}, "lora-alpha must be more than 0 and finite, not nan"),
         ({"keep": 0}, "keep must be at least 1, not 0"),
-        ({"save_every": -1}, "save_every must be at least 1, not -1"),
+        ({"save_every": -1}, "save-every must be at least 1, not -1"),
         ({"limit": -1}, "limit must be at least 1, not -1"),
         ({"device": "abacus"}, "The device 'abacus' cannot be used here"),
-        ({"batch_size": 0}, "batch_size must be more than 0"),
+        ({"batch_size": 0}, "batch-size must be more than 0"),
         ({"warmup": 2}, "warmup is a share of the steps, from 0 to 1, not 2.0"),
         ({"max_length": 20}, r"rows\.jsonl, line 1: \d+ tokens are more than the maximum of 20\. .*--drop"),
         ({"max_length": 20, "drop": True}, r"rows\.jsonl: no usable rows; line 1: "),
@@ -558,8 +558,8 @@ def test_train_refuses_settings(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"batch_size": 0}, "batch-size must be at least 1, not 0"),
+        ({"max_new_tokens": 0}, "max-new-tokens must be at least 1, not 0"),
         ({"limit": 0}, "limit must be at least 1, not 0"),
         ({"shots": -1}, "shots must be at least 0, not -1"),
     ],
@@ -689,7 +689,10 @@ def test_out_of_memory_names_the_batch_and_what_helps(
     assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method="sft") == 2
     message = capsys.readouterr().err
     assert re.search(r"Step 1: out of memory in a batch of 4 x \d+ tokens, the rows of lines \[\d+, ", message)
-    assert "What helps: --dtype bfloat16, --remat, a lower --max-length, a lower --micro-batch-size" in message
+    assert (
+        "What helps: --remat, also with --resume, in a new run --dtype bfloat16, a lower --max-length, a lower"
+        in message
+    )
 
 
 def test_out_of_memory_while_decoding_names_what_helps_there(
@@ -701,6 +704,19 @@ def test_out_of_memory_while_decoding_names_what_helps_there(
     monkeypatch.setattr(generating, "generate", full)
     assert lfu("eval", model=MINI, data=data, nll=False, dtype="bfloat16") == 2
     assert refusal(capsys) == "full. What helps: a lower --batch-size."
+
+
+def test_what_was_measured_is_printed_at_once(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here generation fails behind the likelihood."""
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generating, "generate", interrupted)
+    assert lfu("eval", model=MINI, data=data) == 130
+    assert re.search(r"^  nll: \d", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_remat_trains_the_same_adapter(data: Path, tmp_path: Path) -> None:
@@ -743,7 +759,13 @@ def test_what_exists_is_not_overwritten(
     ("changes", "sentence"),
     [
         ({"prompt": "harness", "shots": 5}, "Worked examples need a file to be drawn from: give --shots-data"),
-        ({"prompt": "harness", "shots": 8, "shots_data": "."}, "has 8 rows, too few for 8 worked examples"),
+        (
+            {"prompt": "harness", "shots": 8, "shots_data": "."},
+            "8 worked examples for line 1 cannot be drawn: of 8 rows 7 ask something else",
+        ),
+        ({"prompt": "harness", "shots": 1, "shots_data": ".", "seed": -1}, "seed must be at least 0, not -1"),
+        ({"seed": 1}, "--shots-data and --seed are without effect as long as --shots is 0"),
+        ({"out": "rows.jsonl/predictions.jsonl"}, r"rows\.jsonl is not a folder that may be written in"),
         ({"adapter": "nowhere"}, r"nowhere/adapter_config\.json does not exist"),
         ({"answer": "target"}, "line 1: no column 'target'"),
     ],
@@ -751,9 +773,9 @@ def test_what_exists_is_not_overwritten(
 def test_eval_refuses(
     data: Path, tmp_path: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "predictions.jsonl"
-    changes |= {"shots_data": data} if "shots_data" in changes else {}
-    assert lfu("eval", model=MINI, data=data, out=out, **changes) == 2
+    out = data.parent / changes.get("out", "predictions.jsonl")
+    changes |= {"out": out} | ({"shots_data": data} if "shots_data" in changes else {})
+    assert lfu("eval", model=MINI, data=data, **changes) == 2
     assert re.search(sentence, refusal(capsys))
     assert not out.exists()
 

@@ -227,7 +227,7 @@ def test_a_file_is_not_continued_with_other_options(changed: dict[str, Any], tmp
     data, out = rows_of_mini(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl"
     distill(data, out, recipe="general", limit=4)
     before, (name,) = out.read_bytes(), changed
-    with pytest.raises(ValueError, match=rf"out\.jsonl\.json: {name} was .* and is "):
+    with pytest.raises(ValueError, match=rf"out\.jsonl\.json: {name.replace('_', '-')} was .* and is "):
         distill(data, out, **{"recipe": "general", "resume": True} | changed)
     assert out.read_bytes() == before
 
@@ -279,11 +279,11 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
         ({"temperature": 0}, "temperature must be more than 0"),
         ({"temperature": "inf"}, "temperature must be more than 0 and finite"),
         ({"temperature": "nan"}, "temperature must be more than 0 and finite"),
-        ({"top_p": 0}, "top_p more than 0 and at most 1"),
-        ({"top_p": 1.1}, "top_p more than 0 and at most 1"),
-        ({"top_k": 0}, "top_k must be at least 1, not 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"top_p": 0}, "top-p more than 0 and at most 1"),
+        ({"top_p": 1.1}, "top-p more than 0 and at most 1"),
+        ({"top_k": 0}, "top-k must be at least 1, not 0"),
+        ({"max_new_tokens": 0}, "max-new-tokens must be at least 1"),
+        ({"batch_size": 0}, "batch-size must be at least 1"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"answer": "reply"}, "line 1: no column 'reply'"),

@@ -355,21 +355,21 @@ def test_what_was_computed_is_not_lost(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("typed", "sentence"),
     [
-        ("--score choices --shots 2 --shots-data x", "The score choices has no use for shots or shots_data."),
-        ("--score choices --max-new-tokens 9", "The score choices has no use for max_new_tokens."),
+        ("--score choices --shots 2 --shots-data x", "The score choices has no use for shots or shots-data."),
+        ("--score choices --max-new-tokens 9", "The score choices has no use for max-new-tokens."),
         ("--score choices --no-generate", "The score choices has no use for generate."),
-        ("--score mc2 --nll --answer gold", "The score mc2 has no use for nll or answer."),
+        ("--score mc2 --nll --answer gold", "The score mc2 has no use for answer or nll."),
         ("--score last-word --template plain", "The score last-word has no use for template."),
         ("--score perplexity --prompt harness", "The score perplexity has no use for prompt."),
         ("--score perplexity --question body", "The score perplexity has no use for question."),
         ("--score f1 --nll", "The score f1 has no use for nll."),
         ("--score refusal --answer gold", "The score refusal has no use for answer."),
-        ("--max-length 64", "The score gsm8k has no use for max_length."),
+        ("--max-length 64", "The score gsm8k has no use for max-length."),
         (
             "--score mc2 --prompt harness --template plain",
             "The harness prompt is the question as it stands: leave out --template or --prompt harness.",
         ),
-        ("--score choices --max-length 0", "max_length must be at least 1, not 0."),
+        ("--score choices --max-length 0", "max-length must be at least 1, not 0."),
     ],
 )
 def test_options_without_effect_are_refused(

@@ -7,12 +7,11 @@ import torch
 from lfu import InputError, checkpoint, model
 from lfu import bench as benchmark
 from lfu.data import load_codec
-from lfu.verbs.shared import DTYPES, choose_device, choose_dtype, option, require_counts
+from lfu.verbs.shared import ModelOptions, choose_device, choose_dtype, option, require_counts
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    model: str = option("model folder or hub id")
+class BenchOptions(ModelOptions):
     rows: int = option("rows of the batch", 4)
     length: int = option("tokens of a row", 200)
     answer: int = option("tokens of a row that carry loss", 120)
@@ -22,10 +21,6 @@ class BenchOptions:
     new_tokens: int = option("tokens to decode for each prompt", 64)
     compile: bool = option("also measure our steps through torch.compile: minutes at the start", False)
     seed: int = option("seed of the random tokens and adapters", 42)
-    dtype: str | None = option(
-        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
-    )
-    device: str | None = option("cpu, cuda, ... (default: cuda where there is one)", None)
 
 
 def bench(options: BenchOptions) -> str:

@@ -13,14 +13,24 @@ from tqdm import tqdm
 from lfu import InputError, checkpoint
 from lfu.data import Row, read_row, read_rows
 from lfu.distill import RECIPES, Answer, distilled
-from lfu.layouts import LAYOUTS, layout_named
-from lfu.verbs.shared import DTYPES, SpeakerOptions, option, require_counts, speaker
+from lfu.layouts import layout_named
+from lfu.verbs.shared import (
+    ModelOptions,
+    RowsOptions,
+    SpeakerOptions,
+    choose_device,
+    choose_dtype,
+    differences,
+    option,
+    require_counts,
+    require_place,
+    speaker,
+    wording,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions:
-    model: str = option("model folder or hub id; the model that will be fine-tuned")
-    data: str = option("JSONL file of questions and reference answers")
+class DistillOptions(RowsOptions, ModelOptions):
     out: str = option("JSONL file for the same rows with their new answers, written as they come; must not exist")
     recipe: str = option(
         "how to ask: see lfu/distill.py; all but general also compare the last integers", "gsm8k", choices=list(RECIPES)
@@ -31,14 +41,6 @@ class DistillOptions:
     max_new_tokens: int = option("longest answer, in tokens", 512)
     seed: int = option("seed of what is drawn", 42)
     batch_size: int = option("rows at a time", 32)
-    limit: int | None = option("use only the first rows of the file", None)
-    layout: str = option("what the rows of the data look like: see lfu/layouts.py", "columns", choices=list(LAYOUTS))
-    question: str = option("name of the question column", "question")
-    answer: str = option("name of the answer column", "answer")
-    dtype: str | None = option(
-        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
-    )
-    device: str | None = option("cpu, cuda, ... (default: cuda where there is one)", None)
     resume: bool = option("go on behind the rows that OUT already holds", False)
 
 
@@ -51,14 +53,18 @@ def distill(options: DistillOptions) -> Path:
     question and answer. InputError for what cannot be used, before anything is written.
     """
     require_drawable(options)
-    out, layout = Path(options.out), layout_named(options.layout, options.question, options.answer)
-    rows = read_rows(options.data, layout)[: options.limit]
-    before, record = answers_in(out, options, rows), Path(f"{out}.json")
-    require_same(record, options)
-    who = speaker(SpeakerOptions(model=options.model, dtype=options.dtype, device=options.device))
+    out, record = Path(options.out), Path(f"{options.out}.json")
+    rows = read_rows(options.data, options.reader())[: options.limit]
+    before = answers_in(out, options, rows)
+    asking = SpeakerOptions(model=options.model, dtype=options.dtype, device=options.device)
+    words = wording(asking)
+    settings = resolved(options, words.folder)
+    if options.resume:
+        require_same(record, settings)
+    who = speaker(asking, words)
     names = ("seed", "temperature", "top_k", "top_p", "max_new_tokens", "batch_size")
     how = {name: getattr(options, name) for name in names}
-    checkpoint.write_json(record, asdict(options))
+    checkpoint.write_json(record, settings)
     batches = distilled(who.config, who.base, who.codec, rows[len(before) :], RECIPES[options.recipe], **how)
     fresh = write_answers(options, rows, len(before), batches)
     answers = [*before, *(answer.text for answer in fresh)]
@@ -74,18 +80,22 @@ def require_drawable(options: DistillOptions) -> None:
     require_counts(options, "top_k", "max_new_tokens", "batch_size", "limit")
     require_counts(options, "seed", least=0)
     if not (0 < options.temperature < math.inf and 0 < options.top_p <= 1):
-        raise InputError("temperature must be more than 0 and finite, top_p more than 0 and at most 1.")
+        raise InputError("temperature must be more than 0 and finite, top-p more than 0 and at most 1.")
 
 
-def require_same(record: Path, options: DistillOptions) -> None:
-    """InputError, to resume, where an option that decides an answer differs from the recorded ones."""
-    if not options.resume:
-        return
+def resolved(options: DistillOptions, folder: Path) -> dict[str, Any]:
+    """The options, and what the model and the dtype turned out to be."""
+    dtype = choose_dtype(options.dtype, folder, choose_device(options.device))
+    found = {"model_fingerprint": checkpoint.fingerprint(folder), "dtype": str(dtype).removeprefix("torch.")}
+    return asdict(options) | found
+
+
+def require_same(record: Path, settings: dict[str, Any]) -> None:
+    """InputError where something that decides an answer differs from what is recorded."""
     before = checkpoint.read_json(record)
-    deciding = ("model", "recipe", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype")
-    for name in deciding:
-        if before.get(name) != getattr(options, name):
-            raise InputError(f"{record}: {name} was {before.get(name)!r} and is {getattr(options, name)!r}.")
+    deciding = ("model_fingerprint", "recipe", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype")
+    if changed := differences(deciding, before, settings):
+        raise InputError(f"{record}: {changed}. Give the same options, or another --out.")
 
 
 def write_answers(
@@ -119,6 +129,7 @@ def answers_in(out: Path, options: DistillOptions, rows: list[Row]) -> list[str]
     if not options.resume:
         if out.exists():
             raise InputError(f"{out} exists already; answers are never overwritten. Choose another --out, or --resume.")
+        require_place(out)
         return []
     if not out.is_file():
         raise InputError(f"{out} does not exist: there is nothing to continue. Leave out --resume.")

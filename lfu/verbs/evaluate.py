@@ -1,7 +1,7 @@
 """`lfu eval`: scores of generated answers, of reference answers, and by likelihood. Read next: `generate.py`."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,19 +9,29 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lfu import InputError, checkpoint
+from lfu import InputError, spelled
 from lfu import evaluate as evaluating
 from lfu import generate as generating
 from lfu import likelihood as likelihoods
-from lfu.data import TEMPLATES, Example, Format, Row, encode_row, prompt_ids, read_rows
+from lfu.data import TEMPLATES, Example, Row, encode_row, prompt_ids, read_rows
 from lfu.evaluate import Estimate
-from lfu.layouts import LAYOUTS, layout_named
-from lfu.verbs.shared import Speaker, SpeakerOptions, option, require_counts, speaker
+from lfu.verbs.shared import (
+    RowsOptions,
+    Speaker,
+    SpeakerOptions,
+    Wording,
+    option,
+    require_counts,
+    require_place,
+    speaker,
+    wording,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(SpeakerOptions):
+class EvalOptions(RowsOptions, SpeakerOptions):
     data: str = option("JSONL file of questions and reference answers, of choices, or of texts")
+    answer: str = option("name of the answer column: a text, of f1 also texts, of choices the index from 0", "answer")
     out: str | None = option("JSONL file for the predictions, written as they come; must not exist", None)
     score: str = option(
         "of generated answers, gsm8k: strict and flexible; exact: equal text; f1: words in common; refusal: how many "
@@ -47,20 +57,18 @@ class EvalOptions(SpeakerOptions):
         "how many tokens are seen at once, in scores by likelihood (default: as many as the model was made for)", None
     )
     batch_size: int = option("rows at a time", 32)
-    limit: int | None = option("use only the first rows of the file", None)
-    layout: str = option("what the rows of the data look like: see lfu/layouts.py", "columns", choices=list(LAYOUTS))
-    question: str = option("name of the question column", "question")
-    answer: str = option("name of the answer column: a text, of f1 also texts, of choices the index from 0", "answer")
 
 
 def evaluate(options: EvalOptions) -> dict[str, Estimate]:
-    """Score a model or an adapter; prints and returns each score with its standard error and n."""
+    """Score a model or an adapter; prints each score as soon as it is known, with its standard error and n."""
     require_consistent(options)
-    results = by_likelihood(options) if options.score in likelihoods.SCORES else by_answers(options)
-    print(f"{options.data}, model {options.model}, adapter {options.adapter or 'none'}")
-    for name, (value, how) in results.items():
-        print(f"  {described(name, value, how)}")
-    return {name: value for name, (value, _) in results.items()}
+    results: dict[str, Estimate] = {}
+    for name, value, how in by_likelihood(options) if options.score in likelihoods.SCORES else by_answers(options):
+        if not results:
+            print(f"{options.data}, model {options.model}, adapter {options.adapter or 'none'}")
+        print(f"  {described(name, value, how)}", flush=True)
+        results[name] = value
+    return results
 
 
 def answer_alone(example: Example) -> Example:
@@ -71,26 +79,34 @@ def answer_alone(example: Example) -> Example:
 def require_consistent(options: EvalOptions) -> None:
     """InputError for options that cannot be used, or would be without effect."""
     require_counts(options, "batch_size", "max_new_tokens", "max_length", "limit")
-    require_counts(options, "shots", least=0)
+    require_counts(options, "shots", "seed", least=0)
     require_effect(options)
-    if not options.generate and options.nll is False:
-        raise InputError("--no-generate and --no-nll together leave nothing to do.")
-    if options.out is not None and not options.generate:
-        raise InputError("--out is for predictions; with --no-generate there are none.")
-    if options.out is not None and Path(options.out).exists():
-        raise InputError(f"{options.out} exists already; predictions are never overwritten. Choose another --out.")
-    if options.prompt != "harness" and (options.shots or options.shots_data):
-        raise InputError("Worked examples belong to the harness prompt: add --prompt harness.")
-    if options.prompt == "harness" and options.template and options.score in likelihoods.SCORES:
-        raise InputError("The harness prompt is the question as it stands: leave out --template or --prompt harness.")
-    if options.shots_data and not options.shots:
-        raise InputError("--shots-data is without effect as long as --shots is 0: say how many.")
-    if options.prompt == "harness" and not options.generate and options.score not in likelihoods.SCORES:
-        raise InputError("--prompt harness is for generated answers; with --no-generate there are none.")
-    if options.shots and options.shots_data is None:
-        raise InputError(
-            "Worked examples need a file to be drawn from: give --shots-data, such as GSM8K's train.jsonl."
-        )
+    likely, harness, out = options.score in likelihoods.SCORES, options.prompt == "harness", options.out
+    refusals = {
+        "--no-generate and --no-nll together leave nothing to do.": not options.generate and options.nll is False,
+        "--out is for predictions; with --no-generate there are none.": out is not None and not options.generate,
+        f"{out} exists already; predictions are never overwritten. Choose another --out.": out and Path(out).exists(),
+        "Worked examples belong to the harness prompt: add --prompt harness.": (
+            not harness and (options.shots or options.shots_data)
+        ),
+        "The harness prompt is the question as it stands: leave out --template or --prompt harness.": (
+            harness and options.template and (likely or options.nll is False)
+        ),
+        "--shots-data and --seed are without effect as long as --shots is 0: say how many.": (
+            not options.shots and (options.shots_data or options.seed != EvalOptions.seed)
+        ),
+        "--prompt harness is for generated answers; with --no-generate there are none.": (
+            harness and not options.generate and not likely
+        ),
+        "Worked examples need a file to be drawn from: give --shots-data, such as GSM8K's train.jsonl.": (
+            options.shots and options.shots_data is None
+        ),
+    }
+    for sentence, applies in refusals.items():
+        if applies:
+            raise InputError(sentence)
+    if out is not None:
+        require_place(out)
 
 
 def require_effect(options: EvalOptions) -> None:
@@ -101,49 +117,50 @@ def require_effect(options: EvalOptions) -> None:
     idle += ["question", "template", "prompt"] if likely and not likely.asks else []
     idle += ["answer"] if score in ("refusal", "mc2", "last-word", "perplexity") else []
     given = [each.name for each in fields(options) if getattr(options, each.name) != each.default]
-    if without := [name for name in given if name in idle]:
+    if without := [spelled(name) for name in given if name in idle]:
         raise InputError(f"The score {score} has no use for {' or '.join(without)}.")
 
 
-Described = dict[str, tuple[Estimate, str]]
-"""Scores, and how each was asked for."""
+Described = tuple[str, Estimate, str]
+"""A score's name, the score, and how it was asked for."""
 
 
-def by_answers(options: EvalOptions) -> Described:
-    """Generate answers and score them; and the likelihood of the reference answers."""
-    layout = layout_named(options.layout, options.question, options.answer)
+def by_answers(options: EvalOptions) -> Iterator[Described]:
+    """The likelihood of the reference answers; then generated answers, scored."""
     columns = {"question": options.question, "answer": options.answer}
-    rows = evaluating.read_questions(options.data, options.score, layout, **columns)[: options.limit]
+    rows = evaluating.read_questions(options.data, options.score, options.reader(), **columns)[: options.limit]
     if options.generate and options.score == "gsm8k":
         evaluating.require_numbers(options.data, rows)
-    pool = read_rows(options.shots_data, layout) if options.shots_data else []
-    if options.shots and options.shots >= len(pool):
-        raise InputError(f"{options.shots_data} has {len(pool)} rows, too few for {options.shots} worked examples.")
-    who = speaker(options)
-    own, results = in_words(who.format), {}
-    if options.nll is not False and options.score in evaluating.WITH_REFERENCES:
-        examples = [answer_alone(encode_row(who.codec, who.format, row)) for row in rows]
+    words = wording(options)
+    likely = options.nll is not False and options.score in evaluating.WITH_REFERENCES
+    examples = [answer_alone(encode_row(words.codec, words.format, row)) for row in rows] if likely else []
+    prompts, stop = asked(options, words, rows) if options.generate else ([], ())
+    who = speaker(options, words)
+    if likely:
         nll = evaluating.answer_nll(who.config, who.base, examples, who.adapters, batch_size=options.batch_size)
-        results["nll"] = nll, own
+        yield "nll", nll, in_words(words)
     if options.generate:
-        hits = predict(options, who, rows, pool)
-        asked = f"harness prompt, {options.shots}-shot" if options.prompt == "harness" else own
-        how = f"{asked}, greedy, at most {options.max_new_tokens} new tokens"
-        results |= {name: (evaluating.accuracy([hit[name] for hit in hits]), how) for name in hits[0]}
-    return results
+        hits = predict(options, who, rows, prompts, stop)
+        how = f"harness prompt, {options.shots}-shot" if options.prompt == "harness" else in_words(words)
+        how += f", greedy, at most {options.max_new_tokens} new tokens"
+        yield from ((name, evaluating.accuracy([hit[name] for hit in hits]), how) for name in hits[0])
 
 
-def predict(options: EvalOptions, who: Speaker, rows: list[Row], pool: list[Row]) -> list[dict[str, float]]:
+def asked(options: EvalOptions, words: Wording, rows: list[Row]) -> tuple[list[list[int]], Sequence[str]]:
+    """The prompts, and the strings that end an answer."""
+    _, _, codec, form = words
+    if options.prompt == "own":
+        return [prompt_ids(codec, form, row.question) for row in rows], TEMPLATES[form.template].stops
+    pool = read_rows(options.shots_data, options.reader()) if options.shots_data else []
+    shots = [evaluating.draw_shots(pool, options.shots, options.seed, row) for row in rows]
+    prompts = [evaluating.harness_prompt(codec, row, drawn, bos=form.bos) for row, drawn in zip(rows, shots)]
+    return prompts, evaluating.HARNESS_STOPS
+
+
+def predict(
+    options: EvalOptions, who: Speaker, rows: list[Row], prompts: list[list[int]], stop: Sequence[str]
+) -> list[dict[str, float]]:
     """Generate and score every row; each prediction is written as soon as its batch is done."""
-    if options.prompt == "harness":
-        shots = [evaluating.draw_shots(pool, options.shots, options.seed, row) for row in rows]
-        prompts = [
-            evaluating.harness_prompt(who.codec, row, drawn, bos=who.format.bos) for row, drawn in zip(rows, shots)
-        ]
-        stop = evaluating.HARNESS_STOPS
-    else:
-        prompts = [prompt_ids(who.codec, who.format, row.question) for row in rows]
-        stop = TEMPLATES[who.format.template].stops
     answers = generating.generate(
         who.config, who.base, who.codec, prompts, who.adapters,
         max_new_tokens=options.max_new_tokens, stop=stop, batch_size=options.batch_size,
@@ -159,28 +176,28 @@ def predict(options: EvalOptions, who: Speaker, rows: list[Row], pool: list[Row]
     return hits
 
 
-def by_likelihood(options: EvalOptions) -> Described:
+def by_likelihood(options: EvalOptions) -> Iterator[Described]:
     """The score by likelihood; each record is written as soon as its batch is done."""
     score = likelihoods.SCORES[options.score]
     columns = {"question": options.question, "answer": options.answer}
     items = likelihoods.read_items(options.data, options.score, **columns)[: options.limit]
-    folder = checkpoint.local_folder(options.model)
-    who = speaker(options)
+    words = wording(options)
+    folder, _, codec, form = words
     length = options.max_length or likelihoods.longest_context(folder)
     own = score.asks and options.prompt == "own"
-    asking = likelihoods.Asking(who.codec, who.format, own, likelihoods.prefix_id(folder, who.codec), length)
+    asking = likelihoods.Asking(codec, form, own, likelihoods.prefix_id(folder, codec), length)
     examples, cut = likelihoods.encode(options.data, options.score, asking, items)
     if cut:
         print(f"{cut} contexts are too long for {length} tokens at once and lose their beginning.")
+    who = speaker(options, words)
     found = likelihoods.likelihoods(who.config, who.base, examples, who.adapters, batch_size=options.batch_size)
     records: list[dict[str, Any]] = [{} for _ in items]
     with predictions(options) as write:
         for index, each in tqdm(found, total=len(items), unit="row"):
             records[index] = score.record(items[index], each)
             write(items[index].row, records[index])
-    asked = in_words(who.format) if own else f"as plain text, {'with' if who.format.bos else 'without'} BOS"
-    how = f"{asked}, at most {length} tokens at once"
-    return {name: (value, how) for name, value in score.estimates(records).items()}
+    how = f"{in_words(words, own)}, at most {length} tokens at once"
+    yield from ((name, value, how) for name, value in score.estimates(records).items())
 
 
 @contextmanager
@@ -198,8 +215,10 @@ def predictions(options: EvalOptions) -> Iterator[Callable[[Row, dict[str, Any]]
         yield write
 
 
-def in_words(form: Format) -> str:
-    return f"template {form.template}, {'with' if form.bos else 'without'} BOS"
+def in_words(words: Wording, in_template: bool = True) -> str:
+    """How a prompt begins."""
+    shape = f"template {words.format.template}" if in_template else "as plain text"
+    return f"{shape}, {'with' if words.format.bos and words.codec.bos else 'without'} BOS"
 
 
 def described(name: str, value: Estimate, how: str) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lfu import generate as generating
 from lfu.data import TEMPLATES, prompt_ids
-from lfu.verbs.shared import SpeakerOptions, option, require_counts, speaker
+from lfu.verbs.shared import SpeakerOptions, option, require_counts, speaker, wording
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +16,12 @@ class GenerateOptions(SpeakerOptions):
 def generate(options: GenerateOptions) -> str:
     """Answer one question greedily; prints and returns the answer."""
     require_counts(options, "max_new_tokens")
-    who = speaker(options)
-    prompt = prompt_ids(who.codec, who.format, options.question)
+    words = wording(options)
+    prompt = prompt_ids(words.codec, words.format, options.question)
+    who = speaker(options, words)
     ((_, completion),) = generating.generate(
         who.config, who.base, who.codec, [prompt], who.adapters,
-        max_new_tokens=options.max_new_tokens, stop=TEMPLATES[who.format.template].stops,
+        max_new_tokens=options.max_new_tokens, stop=TEMPLATES[words.format.template].stops,
     )  # fmt: skip
     print(completion.text)
     return completion.text

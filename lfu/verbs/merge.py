@@ -7,7 +7,7 @@ import torch
 
 from lfu import InputError, checkpoint, lora, model
 from lfu.baselines import ensemble
-from lfu.verbs.shared import adapter_format, in_stream, option
+from lfu.verbs.shared import adapter_format, as_options, in_stream, option, require_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ def merge(options: MergeOptions) -> Path:
     source, out = checkpoint.local_folder(options.model), Path(options.out)
     if out.exists():
         raise InputError(f"{out} exists already; choose another --out.")
+    require_place(out)
     if not 0 <= options.weight <= 1:
         raise InputError(f"weight is a share from 0 to 1, not {options.weight}.")
     config = model.read_config(source / "config.json")
@@ -41,5 +42,7 @@ def merge(options: MergeOptions) -> Path:
         f"{out}: merged in {base.embed.dtype}. On 64 random tokens the logits change by at most "
         f"{float((inside - beside).abs().max()):.3g}, of at most {float(beside.abs().max()):.3g}."
     )
-    print(f"A merged folder does not know its prompts: ask it with --template {form.template}.")
+    if (Path(options.adapter) / "lfu_config.json").is_file():
+        apart = "" if form.loss_on == "answer" else f", nearly: with {form.loss_on} questions are tokenised apart"
+        print(f"A merged folder does not know its prompts: ask it with {as_options(form)}{apart}.")
     return out

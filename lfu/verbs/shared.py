@@ -5,6 +5,8 @@ line (`lfu/cli.py`). Read next: `train.py`.
 """
 
 import argparse
+import os
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lfu import InputError, checkpoint, lora, model
+from lfu import InputError, checkpoint, lora, model, spelled
 from lfu.data import TEMPLATES, Codec, Format, load_codec
+from lfu.layouts import LAYOUTS, Layout, layout_named
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -41,24 +44,77 @@ def require_counts(options: Any, *names: str, least: int = 1) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < least:
-            raise InputError(f"{name} must be at least {least}, not {value}.")
+            raise InputError(f"{spelled(name)} must be at least {least}, not {value}.")
+
+
+def require_place(out: str | Path) -> None:
+    """InputError where nothing could be written at `out`: something above it is a file, or may not be written in."""
+    above = next(folder for folder in Path(out).absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{out} cannot be written: {above} is not a folder that may be written in.")
+
+
+IDENTITIES = {
+    "model_fingerprint": "the model's files are others",
+    "data_sha256": "the data file is another",
+    "adapter_sha256": "the adapter to go on from is another",
+}
+"""What is compared by checksum, which says nothing to a reader."""
+
+
+def differences(names: Iterable[str], before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, which of these settings are no longer what they were; empty if all are."""
+    return "; ".join(
+        IDENTITIES.get(name) or f"{spelled(name)} was {before.get(name)!r} and is {now[name]!r}"
+        for name in names
+        if before.get(name) != now[name]
+    )
+
+
+# --- what several verbs read ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    model: str = option("model folder, or hub id such as meta-llama/Llama-3.1-8B")
+    dtype: str | None = option(
+        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
+    )
+    device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda where there is one)", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsOptions:
+    data: str = option("JSONL file of questions and reference answers")
+    layout: str = option("what the rows of the data look like: see lfu/layouts.py", "columns", choices=list(LAYOUTS))
+    question: str = option("name of the question column", "question")
+    answer: str = option("name of the answer column", "answer")
+    limit: int | None = option("use only the first rows of the file", None)
+
+    def reader(self) -> Layout:
+        """What finds the question and the answer in a row of the data."""
+        return layout_named(self.layout, self.question, self.answer)
 
 
 # --- a model that can be asked --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeakerOptions:
-    model: str = option("model folder or hub id")
+class SpeakerOptions(ModelOptions):
     adapter: str | None = option("adapter folder (default: the model alone)", None)
     template: str | None = option(
         "prompt template (default: the adapter's, else alpaca)", None, choices=list(TEMPLATES)
     )
     bos: bool | None = option("BOS before the prompt (default: as the adapter was trained)", None)
-    dtype: str | None = option(
-        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
-    )
-    device: str | None = option("cpu, cuda, ... (default: cuda where there is one)", None)
+
+
+class Wording(NamedTuple):
+    """How a model is asked: all that prompts are made of, before any weights are read."""
+
+    folder: Path
+    config: model.Config
+    codec: Codec
+    format: Format
 
 
 class Speaker(NamedTuple):
@@ -68,20 +124,24 @@ class Speaker(NamedTuple):
     base: model.Params
     adapters: list[lora.Adapter]
     codec: Codec
-    format: Format
 
 
-def speaker(options: SpeakerOptions) -> Speaker:
-    """Load what answers. The prompt's format is the adapter's own, unless it is given; without either, `Format()`."""
-    device, folder = choose_device(options.device), checkpoint.local_folder(options.model)
+def wording(options: SpeakerOptions) -> Wording:
+    """The prompt's format is the adapter's own, unless it is given; without either, `Format()`."""
+    folder = checkpoint.local_folder(options.model)
     config = model.read_config(folder / "config.json")
-    codec = load_codec(folder, config.vocab_size)
     stored = adapter_format(Path(options.adapter), folder) if options.adapter else Format()
     asked = {"template": options.template, "bos": options.bos}
     form = stored._replace(**{name: value for name, value in asked.items() if value is not None})
-    saved = [lora.load(Path(options.adapter), config, device=device)] if options.adapter else []
+    return Wording(folder, config, load_codec(folder, config.vocab_size), form)
+
+
+def speaker(options: SpeakerOptions, words: Wording) -> Speaker:
+    """Load what answers."""
+    device, folder = choose_device(options.device), words.folder
+    saved = [lora.load(Path(options.adapter), words.config, device=device)] if options.adapter else []
     config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)
-    return Speaker(config, base, [in_stream(adapter, base) for adapter in saved], codec, form)
+    return Speaker(config, base, [in_stream(adapter, base) for adapter in saved], words.codec)
 
 
 def adapter_format(adapter: Path, folder: Path) -> Format:
@@ -100,6 +160,11 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
             f"hold the same weights, remove {path.name} and give the --template."
         )
     return Format(**{name: settings[name] for name in Format._fields if name in settings})
+
+
+def as_options(form: Format) -> str:
+    """What to type to ask in this format."""
+    return f"--template {form.template} --{'' if form.bos else 'no-'}bos"
 
 
 def in_stream(adapter: lora.Adapter, base: model.Params) -> lora.Adapter:

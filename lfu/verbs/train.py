@@ -18,7 +18,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -29,10 +29,21 @@ from lfu import InputError, __version__, checkpoint, lora, methods, model
 from lfu import train as training
 from lfu.baselines import ema
 from lfu.data import LOSS_ON, TEMPLATES, Example, Format, encode_rows, load_codec, read_rows
-from lfu.layouts import LAYOUTS, layout_named
 from lfu.loss import NORMS
 from lfu.memory import expected_peak
-from lfu.verbs.shared import DTYPES, adapter_format, block_numbers, choose_device, choose_dtype, option, require_counts
+from lfu.verbs.shared import (
+    ModelOptions,
+    RowsOptions,
+    adapter_format,
+    as_options,
+    block_numbers,
+    choose_device,
+    choose_dtype,
+    differences,
+    option,
+    require_counts,
+    require_place,
+)
 
 
 def published(name: str) -> str:
@@ -42,15 +53,11 @@ def published(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    model: str = option("model folder, or hub id such as meta-llama/Llama-3.1-8B")
-    data: str = option("JSONL file of questions and answers")
+class TrainOptions(RowsOptions, ModelOptions):
     out: str = option("folder of the run; must not hold another one")
     method: str = option("what to train with", "lfu-lora", choices=list(methods.METHODS))
     alpha: float | None = option(f"length of the ascent, strength of the noise (default: {published('alpha')})", None)
-    lam: float | None = option(
-        f"weight λ of what is added to the SFT loss (default: {published('lam')})", None, flag="--lambda"
-    )
+    lam: float | None = option(f"weight λ of what is added to the SFT loss (default: {published('lam')})", None)
     beta: float | None = option(
         f"temperature of GEM, share of the reference in anchored (default: {published('beta')})", None
     )
@@ -77,16 +84,8 @@ class TrainOptions:
     loss_on: str = option(
         "what carries loss; instruction+answer is Instruction Modelling", "answer", choices=list(LOSS_ON)
     )
-    layout: str = option("what the rows of the data look like: see lfu/layouts.py", "columns", choices=list(LAYOUTS))
-    question: str = option("name of the question column", "question")
-    answer: str = option("name of the answer column", "answer")
     max_length: int = option("longest row, in tokens", 2048)
-    limit: int | None = option("use only the first rows of the file", None)
     drop: bool = option("leave out rows that cannot be used, instead of stopping", False)
-    dtype: str | None = option(
-        "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
-    )
-    device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda where there is one)", None)
     remat: bool = option("compute the inside of each block again in the backward pass: less memory, more time", False)
     compile: bool = option("compile the gradients with torch.compile: takes minutes, once and for single rows", False)
     save_every: int | None = option("steps between checkpoints (default: an epoch)", None)
@@ -128,13 +127,50 @@ def joined(device: torch.device) -> Iterator[torch.device]:
 
 def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     """One run on one device, alone or as one of several processes."""
-    rank, processes = training.place()
+    plan, out, (rank, processes) = planned(options, device), Path(options.out), training.place()
+    if processes > 1 and methods.is_stateful(plan.method):
+        raise InputError(f"The method {options.method} goes through the micro-batches in turn: train in one process.")
+    if rank == 0:
+        require_own(out, plan.settings, options.resume)
+    config, base = model.load(plan.folder, dtype=plan.dtype, device=device)
+    task = tree_map(partial(Tensor.to, device=device, dtype=model.stream_dtype(base), copy=True), plan.start)
+    average = tree_map(Tensor.clone, task) if options.ema is not None and rank == 0 else None
+    foretell(plan, base, task)
+    if rank == 0 and not options.resume:
+        checkpoint.write_json(out / "settings.json", plan.settings)
+    optimizer = training.adamw(task, plan.schedule)
+    save_every = options.save_every or training.steps_per_epoch(len(plan.examples), plan.schedule)
+    run = Run(out, plan.settings, save_every, options.keep, methods.state_of(plan.method), average)
+    first = restore(run, config, task, optimizer)
+    steps = training.train(config, base, task, optimizer, plan.examples, plan.method, plan.schedule, first)
+    if rank == 0:
+        follow(run, steps, task, optimizer, first, training.total_steps(len(plan.examples), plan.schedule))
+    else:
+        deque(steps, maxlen=0)
+    return out / "adapter"
+
+
+class Plan(NamedTuple):
+    """A run whose options, data and method have been checked, before any weights are read."""
+
+    folder: Path
+    config: model.Config
+    schedule: training.Settings
+    examples: list[Example]
+    method: training.Method
+    start: lora.Lora
+    dtype: torch.dtype
+    settings: dict[str, Any]
+
+
+def planned(options: TrainOptions, device: torch.device) -> Plan:
+    """What the options come to. InputError for anything in them or in the data that cannot be used."""
     require_counts(options, "rank", "limit", "save_every", "keep")
     if options.ema is not None and not 0 <= options.ema < 1:
         raise InputError(f"ema must be at least 0 and less than 1, not {options.ema}.")
     if not 0 < options.lora_alpha < math.inf:
-        raise InputError(f"lora_alpha must be more than 0 and finite, not {options.lora_alpha}.")
-    out, folder = Path(options.out), checkpoint.local_folder(options.model)
+        raise InputError(f"lora-alpha must be more than 0 and finite, not {options.lora_alpha}.")
+    folder = checkpoint.local_folder(options.model)
     config = model.read_config(folder / "config.json")
     schedule = training.Settings(**{name: getattr(options, name) for name in training.Settings._fields})
     training.require_usable(schedule)
@@ -144,37 +180,9 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
         alpha=options.alpha, lam=options.lam, beta=options.beta, layers=options.layers, norm=options.norm,
         remat=options.remat, compile=options.compile,
     )  # fmt: skip
-    if processes > 1 and methods.is_stateful(method):
-        raise InputError(f"The method {options.method} goes through the micro-batches in turn: train in one process.")
     start, dtype = starting_point(options, folder, config), choose_dtype(options.dtype, folder, device)
     settings = resolved(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
-    if rank == 0:
-        require_own(out, settings, options.resume)
-
-    config, base = model.load(folder, dtype=dtype, device=device)
-    task = tree_map(partial(Tensor.to, device=device, dtype=model.stream_dtype(base), copy=True), start)
-    average = tree_map(Tensor.clone, task) if options.ema is not None and rank == 0 else None
-    if training.total_steps(len(examples), schedule) == 1 and schedule.warmup > 0:
-        print("The only step of this run is its warm-up, with learning rate 0: nothing is learned. See --warmup.")
-    print_memory(base, task)
-    rows = min(options.micro_batch_size, options.batch_size)
-    print_peak(partial(methods.tried, method, config, base, task), examples, rows)
-    if rank == 0 and not options.resume:
-        checkpoint.write_json(out / "settings.json", settings)
-    optimizer, first = training.adamw(task, schedule), 0
-    if saved := checkpoint.checkpoints(out):
-        first = restore(saved[-1], config, task, optimizer, methods.state_of(method))
-        if average is not None:
-            copy_adapter(saved[-1] / EMA, config, average)
-        print(f"Resuming after step {first}.")
-    save_every = options.save_every or training.steps_per_epoch(len(examples), schedule)
-    run = Run(out, settings, save_every, options.keep, methods.state_of(method), average)
-    steps = training.train(config, base, task, optimizer, examples, method, schedule, first)
-    if rank == 0:
-        follow(run, steps, task, optimizer, first, training.total_steps(len(examples), schedule))
-    else:
-        deque(steps, maxlen=0)
-    return out / "adapter"
+    return Plan(folder, config, schedule, examples, method, start, dtype, settings)
 
 
 def starting_point(options: TrainOptions, folder: Path, config: model.Config) -> lora.Lora:
@@ -183,10 +191,7 @@ def starting_point(options: TrainOptions, folder: Path, config: model.Config) ->
         return lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
     form = adapter_format(Path(options.adapter), folder)
     if (Path(options.adapter) / "lfu_config.json").is_file() and form[:2] != (options.template, options.bos):
-        raise InputError(
-            f"{options.adapter} was trained with other prompts: give --template {form.template} "
-            f"{'--bos' if form.bos else '--no-bos'}."
-        )
+        raise InputError(f"{options.adapter} was trained with other prompts: give {as_options(form)}.")
     start, scale = lora.load(Path(options.adapter), config)
     rank = len(next(iter(start[0].values())).A)
     if rank != options.rank or not math.isclose(scale, options.lora_alpha / options.rank, rel_tol=1e-6):
@@ -200,8 +205,7 @@ def starting_point(options: TrainOptions, folder: Path, config: model.Config) ->
 def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> list[Example]:
     """The tokenised rows; prints how many there are and which were left out."""
     codec = load_codec(folder, config.vocab_size)
-    layout = layout_named(options.layout, options.question, options.answer)
-    rows = read_rows(options.data, layout)[: options.limit]
+    rows = read_rows(options.data, options.reader())[: options.limit]
     form = Format(options.template, options.bos, options.loss_on)
     examples, dropped = encode_rows(options.data, rows, codec, form, max_length=options.max_length, drop=options.drop)
     supervised = sum(example.supervised for example in examples)
@@ -228,22 +232,27 @@ def require_own(out: Path, settings: dict[str, Any], resume: bool) -> None:
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} is not empty. Choose another --out, or continue the run in it with --resume.")
+        require_place(out)
         return
     if not (out / "settings.json").is_file():
         raise InputError(f"{out / 'settings.json'} does not exist: there is no run to continue. Leave out --resume.")
     before = defaults(TrainOptions) | checkpoint.read_json(out / "settings.json")
-    changed = [
-        f"{name} was {before.get(name)!r} and is {settings[name]!r}"
-        for name in settings
-        if name not in MAY_CHANGE and before.get(name) != settings[name]
-    ]
-    if changed:
-        raise InputError(f"{out} holds another run: {'; '.join(changed)}. Give the same settings, or another --out.")
+    if changed := differences([name for name in settings if name not in MAY_CHANGE], before, settings):
+        raise InputError(f"{out} holds another run: {changed}. Give the same settings, or another --out.")
 
 
 def defaults(kind: type) -> dict[str, Any]:
     """What an options object holds that nobody filled in: also what held before an option was there to be given."""
     return {each.name: each.default for each in fields(kind) if each.default is not MISSING}
+
+
+def foretell(plan: Plan, base: model.Params, task: lora.Lora) -> None:
+    """Print what the run will take, and whether it can learn anything."""
+    if training.total_steps(len(plan.examples), plan.schedule) == 1 and plan.schedule.warmup > 0:
+        print("The only step of this run is its warm-up, with learning rate 0: nothing is learned. See --warmup.")
+    print_memory(base, task)
+    rows = min(plan.schedule.micro_batch_size, plan.schedule.batch_size)
+    print_peak(partial(methods.tried, plan.method, plan.config, base, task), plan.examples, rows)
 
 
 def print_memory(base: model.Params, task: lora.Lora) -> None:
@@ -293,8 +302,8 @@ def follow(
     checkpoint.cut_log(log, first)
     with interruptible() as interrupted, tqdm(total=last, initial=first, unit="step") as bar, log.open("a") as file:
         clock = time.perf_counter()
-        for metrics in steps:
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        for metrics in kept(run, steps, task, optimizer, first):
+            seconds = time.perf_counter() - clock
             metrics |= {"seconds": round(seconds, 4), "tokens_per_second": round(metrics["tokens"] / seconds, 1)}
             file.write(json.dumps(metrics) + "\n")
             file.flush()
@@ -307,11 +316,30 @@ def follow(
                 save(run, task, optimizer, done)
             if interrupted and done < last:
                 raise KeyboardInterrupt(f"Stopped after step {done} of {last}; continue with --resume.")
+            clock = time.perf_counter()
     for name, tree in {"adapter": task, EMA: run.average}.items():
         if tree is not None:
             with checkpoint.new_folder(run.out / name) as folder:
                 save_adapter(folder, tree, run.settings)
     print(f"Done: {run.out / 'adapter'}")
+
+
+def kept(
+    run: Run, steps: Iterator[dict[str, float]], task: lora.Lora, optimizer: torch.optim.Optimizer, done: int
+) -> Iterator[dict[str, float]]:
+    """The steps as they come. Where the next one cannot be made, a checkpoint of those before it is left behind.
+
+    Such a step ends before its update, so all is as the last one left it, but for what a method carries from one
+    micro-batch to the next: a run with such a method keeps the checkpoint it has.
+    """
+    try:
+        for metrics in steps:
+            done = metrics["step"]
+            yield metrics
+    except (MemoryError, FloatingPointError, ConnectionError):
+        if done > 0 and not run.state and not checkpoint_folder(run, done).exists():
+            save(run, task, optimizer, done)
+        raise
 
 
 def summary(metrics: dict[str, float]) -> str:
@@ -355,7 +383,7 @@ def move_average(average: lora.Lora, task: lora.Lora, decay: float) -> None:
 
 def save(run: Run, task: lora.Lora, optimizer: torch.optim.Optimizer, step: int) -> None:
     """A complete checkpoint, itself an adapter folder; then the oldest are removed."""
-    with checkpoint.new_folder(run.out / "checkpoints" / f"step-{step}") as folder:
+    with checkpoint.new_folder(checkpoint_folder(run, step)) as folder:
         save_adapter(folder, task, run.settings)
         if run.average is not None:
             (folder / EMA).mkdir()
@@ -366,24 +394,28 @@ def save(run: Run, task: lora.Lora, optimizer: torch.optim.Optimizer, step: int)
     checkpoint.keep_last(run.out, run.keep)
 
 
+def checkpoint_folder(run: Run, step: int) -> Path:
+    return run.out / "checkpoints" / f"step-{step}"
+
+
 def save_adapter(folder: Path, task: lora.Lora, settings: dict[str, Any]) -> None:
     """PEFT's two files, and lfu_config.json: the format to prompt with, and how the adapter came to be."""
     lora.save(folder, (task, settings["lora_alpha"] / settings["rank"]), base=settings["model"])
     checkpoint.write_json(folder / "lfu_config.json", settings)
 
 
-def restore(
-    folder: Path,
-    config: model.Config,
-    task: lora.Lora,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Tensor],
-) -> int:
-    """Copy a checkpoint into the task, its optimizer and the method's state; returns the steps done."""
+def restore(run: Run, config: model.Config, task: lora.Lora, optimizer: torch.optim.Optimizer) -> int:
+    """Copy the last checkpoint, if there is one, into all that the run moves; returns the steps done."""
+    if not (saved := checkpoint.checkpoints(run.out)):
+        return 0
+    folder = saved[-1]
     step = checkpoint.load_optimizer(folder, optimizer)
     if (folder / METHOD_STATE).is_file():
-        state |= checkpoint.read_all_tensors(folder / METHOD_STATE, tree_leaves(task)[0].device)
+        run.state.update(checkpoint.read_all_tensors(folder / METHOD_STATE, tree_leaves(task)[0].device))
     copy_adapter(folder, config, task)
+    if run.average is not None:
+        copy_adapter(folder / EMA, config, run.average)
+    print(f"Resuming after step {step}.")
     return step
 
 
