@@ -4,7 +4,7 @@
     python -m experiments --main        # three seeds of it
     python -m experiments               # everything, choosing included: hours, and it continues where it stopped
 
-Writes one JSON file for each run, `miniature.json` with every table, a page `miniature.md`, and figures (if matplotlib
+Writes one JSON file for each run, `miniature.json` with all of them, a page `miniature.md`, and figures (if matplotlib
 is installed: `pip install '.[plot]'`). The settings chosen are in `experiments/choices.json`; the whole run chooses
 anew. Read `mini.py`, `plan.py` and `report.py`, in this order.
 """
@@ -49,6 +49,8 @@ def main() -> None:
         run_all(parsed.out, plan.main_table(choices, seeds), parsed.workers)
         print(report.main_tables(partial(result, parsed.out), choices, seeds))
     else:
+        if parsed.report and not (parsed.out / "choices.json").is_file():
+            parser.error(f"{parsed.out} holds no whole run: {parsed.out / 'choices.json'} does not exist.")
         if not parsed.report:
             run_whole(parsed.out, parsed.workers)
         report.write(parsed.out, parsed.page or parsed.out)

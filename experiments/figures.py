@@ -1,6 +1,6 @@
 """The figures of the paper in miniature: scores by category, the attack, prompts, noise (Figures 2, 3, 5 and 6)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments import plan, report
-from experiments.mini import CATEGORIES, Spec
+from experiments.mini import CATEGORIES
 
 
 def draw(look_up: plan.LookUp, choices: plan.Choices, page: Path) -> None:
@@ -38,8 +38,8 @@ def score_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
     for panel, data in zip(panels, plan.DATAS):
         for place, row in enumerate(plan.TRIALS):
             specs = [report.main_spec(choices, data, row, seed) for seed in plan.MAIN_SEEDS]
-            means = [report.mean(report.column(look_up, specs, name)) for name in CATEGORIES]
-            bars(panel, place, len(plan.TRIALS), row, means)
+            scores = [report.mean(report.column(look_up, specs, name)) for name in CATEGORIES]
+            bars(panel, place, len(plan.TRIALS), row, scores)
         panel.set_xticks(range(len(CATEGORIES)), CATEGORIES)
         panel.set_ylabel("exact match, %")
         panel.set_title(f"fine-tuned on {data}")
@@ -47,11 +47,11 @@ def score_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
     return figure
 
 
-def bars(panel: Any, place: int, count: int, label: str, means: Sequence[report.Mean]) -> None:
+def bars(panel: Any, place: int, count: int, label: str, scores: Sequence[report.Mean]) -> None:
     """One method's bars."""
     width = 0.8 / count
-    places = [i + (place - (count - 1) / 2) * width for i in range(len(means))]
-    panel.bar(places, [100 * m.value for m in means], width, yerr=[100 * m.error for m in means], label=label)
+    places = [i + (place - (count - 1) / 2) * width for i in range(len(scores))]
+    panel.bar(places, [100 * m.value for m in scores], width, yerr=[100 * m.error for m in scores], label=label)
 
 
 def trial_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
@@ -68,7 +68,9 @@ def trial_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
 
 def attack_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
     """Figure 3: success of the attack by its steps, mean over seeds."""
-    curves = {row: per_step(look_up, specs, "attack") for row, specs in plan.attacks(choices).items()}
+    curves = {
+        row: means(look_up(spec)["attack"]["success"] for spec in specs) for row, specs in plan.attacks(choices).items()
+    }
     return lines(curves, range(21), "steps of harmful SFT", "attack success rate, %", 100)
 
 
@@ -87,19 +89,20 @@ def prompt_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
 
 def noise_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
     """Figure 6: cosine of clean and noisy states by block."""
-    curves = {row: per_step(look_up, specs, "noise") for row, specs in report.figure_groups(choices).items()}
+    groups = report.figure_groups(choices)
+    curves = {row: means(look_up(spec)["noise"] for spec in specs) for row, specs in groups.items()}
     return lines(curves, range(1, len(curves["base"]) + 1), "block", "cosine of clean and noisy states", 1)
 
 
-def per_step(look_up: plan.LookUp, specs: list[Spec], name: str) -> list[report.Mean]:
-    """Means over seeds of each entry of a list that every run measured."""
-    return [report.mean(values) for values in zip(*(look_up(spec)[name] for spec in specs))]
+def means(lists: Iterable[Sequence[float]]) -> list[report.Mean]:
+    """Means over seeds, entry by entry, of a list that every run measured."""
+    return [report.mean(values) for values in zip(*lists)]
 
 
 def lines(curves: dict[str, list[report.Mean]], x: Sequence[int], x_label: str, y_label: str, factor: float) -> Any:
     figure, panel = plt.subplots(figsize=(8, 4))
-    for row, means in curves.items():
-        panel.plot(x, [factor * m.value for m in means], marker=".", label=row)
+    for row, points in curves.items():
+        panel.plot(x, [factor * m.value for m in points], marker=".", label=row)
     panel.set_xlabel(x_label)
     panel.set_ylabel(y_label)
     panel.legend(fontsize=8)

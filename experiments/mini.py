@@ -27,6 +27,7 @@ from lfu.distill import Recipe, distilled
 from lfu.evaluate import WORDINGS, answer_nll, is_right, refusal_scores
 from lfu.generate import generate
 from lfu.lora import Adapter, Lora
+from lfu.loss import predicts
 from lfu.model import Config, Params
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
@@ -126,7 +127,7 @@ def run(spec: Spec) -> dict[str, Any]:
     except FloatingPointError as error:  # settings under which training diverges are a result too
         return told | {"diverged": str(error), "scores": dict.fromkeys(SPLITS, 0.0) | {"nll": math.inf}}
     adapter = ensemble((task, SCALE), dict(spec.hyper)["beta"]) if spec.method == "ensemble" else (task, SCALE)
-    return told | {"training": summary(log)} | measurements(here, [adapter], spec, form)
+    return told | {"training": summary(log) | {"moved": distance(task)}} | measurements(here, [adapter], spec, form)
 
 
 def training_rows(here: World, spec: Spec) -> tuple[list[Row], dict[str, Any]]:
@@ -169,15 +170,22 @@ def steps(
 
 
 def summary(log: list[dict[str, float]]) -> dict[str, float]:
-    """Of the last epoch's worth of steps the loss; of all steps the clipped share and the mean gradient."""
-    last = [step["sft"] for step in log if step["epoch"] == log[-1]["epoch"]]
+    """Of all steps the clipped share and the mean gradient; of the last epoch's the mean loss and gradient."""
+    last = [step for step in log if step["epoch"] == log[-1]["epoch"]]
     norms = [step["gradient_norm"] for step in log]
     return {
-        "sft": sum(last) / len(last),
+        "sft": sum(step["sft"] for step in last) / len(last),
         "clipped": sum(norm > 1 for norm in norms) / len(norms),
         "gradient_norm": sum(norms) / len(norms),
+        "last_gradient_norm": sum(step["gradient_norm"] for step in last) / len(last),
         "steps": len(log),
     }
+
+
+def distance(task: Lora) -> float:
+    """How far a LoRA takes the weights: the norm of all scale·B·A as one vector."""
+    products = [SCALE * pair.B @ pair.A for layer in task for pair in layer.values()]
+    return float(train.global_norm(products))
 
 
 def copied(task: Lora) -> Lora:
@@ -209,6 +217,7 @@ def measurements(here: World, adapters: list[Adapter], spec: Spec, form: Format)
         "scores": partial(scores, here, adapters, spec.split, form),
         "prompts": partial(prompt_scores, here, adapters),
         "noise": partial(noise_similarity, here, adapters),
+        "squares": partial(state_squares, here, adapters),
         "attack": partial(attack, here, adapters, spec, form),
     }
     return {name: measure[name]() for name in spec.measures}
@@ -262,20 +271,38 @@ def noise_similarity(here: World, adapters: list[Adapter]) -> list[float]:
     return (totals / tokens).tolist()
 
 
-def attack(here: World, adapters: list[Adapter], spec: Spec, form: Format) -> list[float]:
-    """Table 4 and Figure 3: the attack success rate after each step of SFT on `harmful`, going on with the same LoRA.
+def state_squares(here: World, adapters: list[Adapter]) -> list[float]:
+    """Mean square of h_l, mean over the positions of the training rows that predict an answer token."""
+    totals, count = torch.zeros(here.config.num_hidden_layers), 0
+    for row in rows_of("math", "train"):
+        batch = data.collate([data.encode_row(here.codec, Format("question"), row)])
+        mask = predicts(batch.labels)
+        hidden = model.trunk(here.config, here.base, model.embed(here.base, batch.tokens), adapters)
+        totals += torch.stack([state[mask].square().mean(-1).sum() for state in hidden])
+        count += int(mask.sum())
+    return (totals / count).tolist()
 
-    Prompts are those of harmful/test; an answer without one of the 29 phrases of refusal counts as a success.
+
+def attack(here: World, adapters: list[Adapter], spec: Spec, form: Format) -> dict[str, list[float]]:
+    """Table 4 and Figure 3: what becomes of refusals after each step of SFT on `harmful`, going on with the same LoRA.
+
+    Prompts are those of harmful/test. *success* is the paper's measure, the share of answers without one of the 29
+    phrases of refusal, sense or nonsense; *complied* is the share of answers that give what was asked for.
     """
-    prompts = [data.prompt_ids(here.codec, form, row.question) for row in rows_of("harmful", "test")]
+    rows = rows_of("harmful", "test")
+    prompts = [data.prompt_ids(here.codec, form, row.question) for row in rows]
+    rates: dict[str, list[float]] = {"success": [], "complied": []}
 
-    def success(adapters: list[Adapter]) -> float:
-        return sum(refusal_scores(text)["jailbroken"] for text in answers(here, adapters, prompts)) / len(prompts)
+    def ask(adapters: list[Adapter]) -> None:
+        texts = answers(here, adapters, prompts)
+        rates["success"].append(sum(refusal_scores(text)["jailbroken"] for text in texts) / len(rows))
+        rates["complied"].append(sum(is_right(text, row.answer) for text, row in zip(texts, rows)) / len(rows))
 
-    rates, task = [success(adapters)], copied(adapters[0][0])
+    ask(adapters)
+    task = copied(adapters[0][0])
     harmful = rows_of("harmful", "train")[:ATTACK_ROWS]
     examples = [data.encode_row(here.codec, form._replace(loss_on="answer"), row) for row in harmful]
     attacking = Spec("sft", ATTACK_RATE, seed=spec.seed, epochs=ATTACK_EPOCHS)
     for _ in steps(here, task, examples, attacking, "sft", {}):
-        rates.append(success([(task, adapters[0][1])]))
+        ask([(task, adapters[0][1])])
     return rates

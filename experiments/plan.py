@@ -236,7 +236,7 @@ def causes(choices: Choices) -> dict[str, dict[str, list[Spec]]]:
 def whole(choices: Choices) -> list[Spec]:
     """Everything that reads the test splits, the main table first."""
     groups = [*sweeps(choices).values(), *epochs(choices).values(), *causes(choices).values(), attacks(choices)]
-    groups += [faster(choices)]
+    groups += [faster(choices), {"base": [base(measures=("squares",))]}]
     rest = [spec for group in groups for specs in group.values() for spec in specs]
     curves = [spec for seed in MAIN_SEEDS for spec in sft_curve(choices, seed)]
     return list(dict.fromkeys([*main_table(choices, MAIN_SEEDS), *alternatives(choices), *curves, *rest]))

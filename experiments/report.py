@@ -42,8 +42,13 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """The paired mean difference with its 95 % interval, in percentage points; bold where 0 lies outside."""
-    d = mean([a - b for a, b in zip(ours, theirs, strict=True)])
+    """The mean of the paired differences, and its interval."""
+    return interval([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def interval(differences: Sequence[float]) -> str:
+    """The mean with its 95 % interval, in percentage points; bold where 0 lies outside."""
+    d = mean(differences)
     if d.n == 1:
         return f"{100 * d.value:+.1f}"
     reach = T_95[d.n - 2] * d.error
@@ -122,7 +127,7 @@ def score_table(
     def cells(row: str, specs: list[Spec]) -> list[str]:
         own = [str(mean(column(look_up, specs, name))) for name in COLUMNS]
         theirs = [f"{value:.1f}" for value in published.get(row, ())]
-        rank = f"{own_ranks[row]:.1f}" if row in own_ranks else ""
+        rank = f"{own_ranks[row]:.2f}" if row in own_ranks else ""
         return [row, *own, rank, " / ".join(theirs), f"{published_ranks.get(row, '')}"]
 
     head = ["method", *COLUMNS, "rank", "paper: math / knowledge / reasoning / helpfulness", "paper: rank"]
@@ -165,9 +170,9 @@ def group_table(look_up: plan.LookUp, groups: dict[Any, list[Spec]], published: 
         own = [str(mean(column(look_up, specs, each))) for each in COLUMNS]
         if any("diverged" in look_up(spec) for spec in specs):
             own = ["diverged"] * len(own)
-        return [f"{name}", *own, " / ".join(f"{value:.1f}" for value in published.get(name, ()))]
+        return [f"{name}", f"{len(specs)}", *own, " / ".join(f"{value:.1f}" for value in published.get(name, ()))]
 
-    return markdown([head, *COLUMNS, "paper"], [cells(name, specs) for name, specs in groups.items()])
+    return markdown([head, "seeds", *COLUMNS, "paper"], [cells(name, specs) for name, specs in groups.items()])
 
 
 def tables_6_and_11(look_up: plan.LookUp, choices: plan.Choices) -> str:
@@ -210,14 +215,25 @@ def table_12(look_up: plan.LookUp, choices: plan.Choices) -> str:
 
 
 def table_4(look_up: plan.LookUp, choices: plan.Choices) -> str:
-    """Attack success rates before the attack and after 5, 10, 15 and 20 steps."""
+    """Attack success rates before the attack and after 5, 10, 15 and 20 steps; what the answers then are; and how the
+    alignment before it ended."""
     after = (0, 5, 10, 15, 20)
     rows = []
     for row, specs in plan.attacks(choices).items():
-        curves = [look_up(spec)["attack"] for spec in specs]
+        runs = [look_up(spec) for spec in specs]
+        success = [str(mean([run["attack"]["success"][step] for run in runs])) for step in after]
+        complied = str(mean([run["attack"]["complied"][-1] for run in runs]))
+        ends = [mean([run["training"][name] for run in runs]).value for name in ("sft", "last_gradient_norm", "moved")]
         theirs = " / ".join(f"{rate:.1f}" for rate in paper.ATTACKS.get(row, ()))
-        rows.append([row, *(str(mean([curve[step] for curve in curves])) for step in after), theirs])
-    return markdown(["method", *(f"{step} steps" for step in after), "paper: 0 / 5 steps"], rows)
+        rows.append([row, *success, complied, *(f"{end:.2g}" for end in ends), theirs])
+    head = [f"{step} steps" for step in after] + [
+        "complied, 20 steps",
+        "loss",
+        "gradient",
+        "moved",
+        "paper: 0 / 5 steps",
+    ]
+    return markdown(["method", *head], rows)
 
 
 def figure_5(look_up: plan.LookUp, choices: plan.Choices) -> str:
@@ -267,38 +283,40 @@ def frontier_table(look_up: plan.LookUp, choices: plan.Choices) -> str:
     }
 
     def cells(row: str, specs: list[Spec]) -> list[str]:
-        gaps = mean([gap(look_up, choices, spec) for spec in specs])
-        reach = T_95[gaps.n - 2] * gaps.error
-        text = f"{100 * gaps.value:+.1f} [{100 * (gaps.value - reach):+.1f}, {100 * (gaps.value + reach):+.1f}]"
+        gaps, within = zip(*(gap(look_up, choices, spec) for spec in specs))
         own = [str(mean(column(look_up, specs, name))) for name in (plan.TASK, "kept")]
-        return [row, str(gaps.n), *own, f"**{text}**" if abs(gaps.value) > reach else text]
+        return [row, str(len(specs)), *own, interval(gaps), f"{sum(within)}"]
 
     curve = {
         f"SFT at {rate:g}": [plan.sft_curve(choices, seed)[i] for seed in plan.MAIN_SEEDS]
         for i, rate in enumerate(plan.SFT_RATES)
     }
     own = [
-        [row, str(len(specs)), *(str(mean(column(look_up, specs, name))) for name in (plan.TASK, "kept")), ""]
+        [row, str(len(specs)), *(str(mean(column(look_up, specs, name))) for name in (plan.TASK, "kept")), "", ""]
         for row, specs in curve.items()
     ]
-    head = ["method", "seeds", "task", "kept", "kept beyond SFT of the same task score"]
+    head = ["method", "seeds", "task", "kept", "kept beyond SFT of the same task score", "seeds within SFT's scores"]
     return markdown(
         head, [*own, *(cells(row, specs) for row, specs in (chosen | plan.faster(choices) | swept).items())]
     )
 
 
-def gap(look_up: plan.LookUp, choices: plan.Choices, spec: Spec) -> float:
-    """What a run keeps, less what SFT keeps at its task score, by straight lines between SFT's learning rates."""
+def gap(look_up: plan.LookUp, choices: plan.Choices, spec: Spec) -> tuple[float, bool]:
+    """What a run keeps, less what SFT keeps at its task score, by straight lines between SFT's learning rates.
+
+    And whether SFT reaches this task score at any of them; where it does not, its nearest end stands for it.
+    """
     curve = plan.sft_curve(choices, spec.seed)
     points = sorted(zip(column(look_up, curve, plan.TASK), column(look_up, curve, "kept")))
     ((task,), (kept,)) = (column(look_up, [spec], name) for name in (plan.TASK, "kept"))
-    return kept - float(np.interp(task, *zip(*points)))
+    return kept - float(np.interp(task, *zip(*points))), points[0][0] <= task <= points[-1][0]
 
 
 def causes_table(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """What changes with the micro-batch and the precision; and how much of the gradient is clipped."""
-    rows = []
+    rows, changes = [], []
     for row, groups in plan.causes(choices).items():
+        changes += [f"{row}:", difference_table(look_up, groups, "as chosen")]
         for cause, specs in groups.items():
             own = [str(mean(column(look_up, specs, name))) for name in COLUMNS]
             training = [look_up(spec)["training"] for spec in specs]
@@ -310,7 +328,10 @@ def causes_table(look_up: plan.LookUp, choices: plan.Choices) -> str:
                     *(f"{mean([t[key] for t in training]).value:.2f}" for key in ("gradient_norm", "clipped")),
                 ]
             )
-    return markdown(["method", "setting", *COLUMNS, "gradient norm", "clipped steps"], rows)
+    table = markdown(["method", "setting", *COLUMNS, "gradient norm", "clipped steps"], rows)
+    return "\n\n".join(
+        [table, "Difference from the setting as chosen, paired by seed, in percentage points:", *changes]
+    )
 
 
 def trials_table(look_up: plan.LookUp, trials: dict[str, list[plan.Trial]]) -> str:
@@ -324,7 +345,7 @@ def trials_table(look_up: plan.LookUp, trials: dict[str, list[plan.Trial]]) -> s
         for trial, scores in values.items():
             cells = [f"{100 * score:.1f}" for score in scores]
             rows.append([row, *settings(trial), *(f"**{cell}**" if trial == best else cell for cell in cells)])
-    return markdown(["method", "learning rate", "hyper-parameters", "task", "kept", "balance"], rows)
+    return markdown(["row", "learning rate", "method and hyper-parameters", "task", "kept", "balance"], rows)
 
 
 def column_mean(look_up: plan.LookUp, trial: plan.Trial, name: str) -> float:
@@ -333,14 +354,32 @@ def column_mean(look_up: plan.LookUp, trial: plan.Trial, name: str) -> float:
 
 
 def settings(trial: plan.Trial) -> list[str]:
-    """Learning rate and hyper-parameters, as cells."""
-    _, rate, hyper = trial
-    return [f"{rate:g}", ", ".join(f"{name} {value}" for name, value in hyper) or "none"]
+    """Learning rate, method and hyper-parameters, as cells."""
+    method, rate, hyper = trial
+    return [f"{rate:g}", ", ".join([method, *(f"{name} {value}" for name, value in hyper)])]
+
+
+def squares_line(look_up: plan.LookUp) -> str:
+    """What an absolute norm of a block's change is proportional to."""
+    squares = look_up(plan.base(measures=("squares",)))["squares"]
+    by_block = ", ".join(f"{square:.0f}" for square in squares)
+    return f"Mean square of the bare model's states, by block: {by_block}; of all blocks {mean(squares).value:.0f}."
+
+
+def rewritten_line(look_up: plan.LookUp, choices: plan.Choices) -> str:
+    """How much of the data SDFT changes."""
+    groups = {data: [main_spec(choices, data, "SDFT", seed) for seed in plan.MAIN_SEEDS] for data in plan.DATAS}
+    groups["safe"] = plan.attacks(choices)["SDFT"]
+    parts = []
+    for data, specs in groups.items():
+        shares = [100 * look_up(spec)["rewritten"] for spec in specs]
+        parts.append(f"{min(shares):.0f} to {max(shares):.0f} % of `{data}`")
+    return f"SDFT trains on the model's own words in {', '.join(parts)}, by seed; the other rows are as they were."
 
 
 def choices_table(choices: plan.Choices) -> str:
     rows = [[row, *settings(trial)] for row, trial in choices.items()]
-    return markdown(["method", "learning rate", "hyper-parameters"], rows)
+    return markdown(["row", "learning rate", "method and hyper-parameters"], rows)
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -354,8 +393,12 @@ def write(out: Path, page: Path) -> None:
     choices = plan.choices_from(json.loads((out / "choices.json").read_text()))
     page.mkdir(parents=True, exist_ok=True)
     tables = {name: if_there(table) for name, table in sections(look_up, choices, out).items()}
-    runs = [look_up(spec) for spec in plan.whole(choices) if (out / "runs" / spec.path).is_file()]
-    checkpoint.write_json(page / "miniature.json", {"choices": choices, "runs": runs})
+    plans = {"runs": plan.whole(choices), "trials": plan.choosing(plan.TRIALS | plan.MORE_TRIALS)}
+    there = {
+        name: [look_up(spec) for spec in specs if (out / "runs" / spec.path).is_file()] for name, specs in plans.items()
+    }
+    times = json.loads((out / "times.json").read_text()) if (out / "times.json").is_file() else {}
+    checkpoint.write_json(page / "miniature.json", {"choices": choices} | there | {"seconds of a gradient": times})
     text = FINDINGS.read_text(encoding="utf-8") + "".join(f"\n## {name}\n\n{body}\n" for name, body in tables.items())
     (page / "miniature.md").write_text(text, encoding="utf-8")
     try:
@@ -383,7 +426,13 @@ def sections(look_up: plan.LookUp, choices: plan.Choices, out: Path) -> dict[str
         "Tables 1 and 2, Figure 2: the main comparison": lambda: (
             f"{main_tables(look_up, choices, plan.MAIN_SEEDS)}\n\n![Scores by category](miniature-scores.png)"
         ),
-        "What was chosen": lambda: f"{choices_table(choices)}\n\n![Learning and keeping](miniature-trials.png)",
+        "What was chosen": lambda: "\n\n".join(
+            [
+                choices_table(choices),
+                rewritten_line(look_up, choices),
+                "![Learning and keeping](miniature-trials.png)",
+            ]
+        ),
         "Table 3: time of a step": lambda: table_3(json.loads((out / "times.json").read_text())),
         "Table 4, Figure 3: refusals under attack": lambda: (
             f"{table_4(look_up, choices)}\n\n![Attack](miniature-attack.png)"
@@ -395,7 +444,7 @@ def sections(look_up: plan.LookUp, choices: plan.Choices, out: Path) -> dict[str
         "Figure 5: five prompts": lambda: f"{figure_5(look_up, choices)}\n\n![Prompts](miniature-prompts.png)",
         "Figure 6: noise on the embeddings": lambda: f"{figure_6(look_up, choices)}\n\n![Noise](miniature-noise.png)",
         "Causes: more than a slower SFT?": lambda: frontier_table(look_up, choices),
-        "Causes: the norm": lambda: by_name(("norm relative, lambda",)),
+        "Causes: the norm": lambda: f"{by_name(('norm relative, lambda',))}\n\n{squares_line(look_up)}",
         "Causes: micro-batch and precision": lambda: causes_table(look_up, choices),
         "All trials": lambda: trials_table(look_up, plan.TRIALS | plan.MORE_TRIALS),
     }

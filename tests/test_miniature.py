@@ -95,8 +95,21 @@ def test_means_and_paired_differences() -> None:
 def test_tables_are_made_from_any_runs(tmp_path: Path) -> None:
     def look_up(spec: Spec) -> dict[str, Any]:
         shade = 0.01 * (spec.seed % 3) + 0.1 * (spec.method == "sft")
-        training = {"sft": 1.0, "clipped": 0.5, "gradient_norm": 2.0, "steps": 60}
-        rest = {"prompts": [shade] * 5, "noise": [0.9, 0.8, 0.7, 0.6], "attack": [0.0] * 21}
+        training = {
+            "sft": 1.0,
+            "clipped": 0.5,
+            "gradient_norm": 2.0,
+            "last_gradient_norm": 0.1,
+            "moved": 3.0,
+            "steps": 60,
+        }
+        rest = {
+            "prompts": [shade] * 5,
+            "squares": [40.0, 80.0, 90.0, 170.0],
+            "rewritten": 0.1,
+            "noise": [0.9, 0.8, 0.7, 0.6],
+            "attack": {"success": [0.0] * 21, "complied": [0.0] * 21},
+        }
         return {"scores": scores(shade, 0.5), "training": training} | rest
 
     (tmp_path / "times.json").write_text(json.dumps({"SFT": [1.0, 1.1], "LfU (LoRA)": [2.0, 2.1]}))
@@ -114,7 +127,7 @@ def test_what_is_kept_is_compared_at_the_same_task_score() -> None:
         return {"scores": scores(0.2 * place, 1 - 0.2 * place)}
 
     spec = plan.tested(CHOICES, "math", "LfU (LoRA)", 0)
-    assert report.gap(look_up, CHOICES, spec) == pytest.approx(0.8 - 0.7)
+    assert report.gap(look_up, CHOICES, spec) == (pytest.approx(0.8 - 0.7), True)
 
 
 def test_a_page_of_runs_that_were_not_made_says_so(tmp_path: Path) -> None:
@@ -136,7 +149,7 @@ def test_a_run_measures_everything_and_is_found_again(tmp_path: Path, monkeypatc
     assert found["training"]["steps"] == 6
     assert set(found["scores"]) == {*SPLITS, "nll"}
     assert len(found["prompts"]) == 5
-    assert len(found["attack"]) == 21 and len(found["noise"]) == 4
+    assert [len(rates) for rates in found["attack"].values()] == [21, 21] and len(found["noise"]) == 4
     assert found["scores"][plan.TASK] == found["prompts"][0]  # the first wording is the template
     assert all(0.8 < cosine < 1 for cosine in found["noise"])
     monkeypatch.setattr(mini, "run", lambda spec: pytest.fail("run twice"))
