@@ -133,7 +133,7 @@ def test_what_is_kept_is_compared_at_the_same_task_score() -> None:
 def test_a_page_of_runs_that_were_not_made_says_so(tmp_path: Path) -> None:
     (tmp_path / "choices.json").write_text(json.dumps(CHOICES))
     report.write(tmp_path, tmp_path / "page")
-    assert (tmp_path / "page" / "miniature.md").read_text().count("Not run yet.") == 13
+    assert (tmp_path / "page" / "miniature.md").read_text().count("Not run yet.") == 14
     assert not (tmp_path / "runs").exists()
 
 
