@@ -13,11 +13,10 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tiny import CONFIGS, random_lora, reference_from
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -25,19 +24,27 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from lfu import cli, evaluate, likelihood, lora
-from lfu.cli import EvalOptions
-from lfu.data import Codec, Example, Row, load_codec, token_ids
-from lfu.evaluate import Estimate, Likelihood
-from lfu.generate import generate
+from experiments.harness import (
+    FILTERS,
+    MARGIN,
+    Difference,
+    Outcome,
+    answer_differences,
+    gsm8k,
+    harness,
+    lead,
+    ours,
+    packaged,
+)
+from lfu import cli, likelihood, lora
+from lfu.data import Example, load_codec, token_ids
+from lfu.evaluate import Likelihood
 from lfu.likelihood import Asking, Item
-from lfu.model import forward, load
+from lfu.model import load
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
 ROUNDING = 1e-5
 """Relative, in float32. Measured: 1.3e-6."""
-MARGIN = 1e-4
-"""Nats, or logits."""
 LONGEST = 48
 """Tokens that the models see at once: some contexts are longer, and texts take several windows."""
 
@@ -141,49 +148,6 @@ PERPLEXITY = {
 }
 
 
-def packaged(path: str) -> dict[str, Any]:
-    """A task that comes with the harness."""
-    import lm_eval
-
-    return {"include": str(Path(lm_eval.__file__).parent / "tasks" / path)}
-
-
-class Outcome(NamedTuple):
-    samples: list[dict[str, Any]]  # of each row, in order; of each filter in turn
-    scores: dict[str, Estimate]
-
-
-def harness(folder: Path, task: dict[str, Any], rows: list[Any], work: Path, longest: int | None = LONGEST) -> Outcome:
-    """Run one task over rows of ours, in float32."""
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    data = write_rows(work / "rows.jsonl", rows)
-    source = {"data_files": {"test": str(data)}, "cache_dir": str(work / "cache")}
-    splits = {"training_split": None, "validation_split": None, "fewshot_split": None, "test_split": "test"}
-    named = task | {"task": "ours", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": source, **splits}
-    (work / "tasks").mkdir()
-    (work / "tasks" / "ours.yaml").write_text(json.dumps(named | {"num_fewshot": 0}))
-    loaded = TaskManager(include_path=str(work / "tasks"), include_defaults=False).load(["ours"])
-    model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8, max_length=longest)
-    # Errors of means are computed; those of perplexities would be drawn at random.
-    means = task.get("output_type") == "multiple_choice"
-    results = evaluate(model, loaded, bootstrap_iters=int(means))
-    samples = sorted(results["samples"]["ours"], key=lambda sample: (sample["filter"], sample["doc_id"]))
-    scores = {
-        key.removesuffix(",none"): Estimate(value, results["results"]["ours"][key.replace(",", "_stderr,")], len(rows))
-        for key, value in results["results"]["ours"].items()
-        if "," in key and "_stderr," not in key
-    }
-    return Outcome(samples, scores)
-
-
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def theirs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Outcome]:
     """(model, score) -> what the harness makes of it, computed once."""
@@ -205,16 +169,6 @@ def theirs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, score: str, rows: list[Any], work: Path, **options: Any) -> Outcome:
-    """The same through `lfu eval`."""
-    out = work / f"out-{len(list(work.iterdir()))}.jsonl"
-    data = write_rows(work / "ours.jsonl", rows)
-    given = {"model": str(folder), "data": str(data), "out": str(out), "score": score, **options}
-    scores = cli.evaluate(EvalOptions(**given))
-    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    return Outcome(sorted(records, key=lambda record: record["row"]), scores)
-
-
 def likelihood_outcome(folder: Path, score: str, work: Path, asked: list[Any], **options: Any) -> Outcome:
     """Ours for one of the scores by likelihood; TruthfulQA's contexts are taken from the harness' requests."""
     rows: list[Any] = choice_rows() if score == "choices" else texts()
@@ -222,14 +176,6 @@ def likelihood_outcome(folder: Path, score: str, work: Path, asked: list[Any], *
         rows = [{"question": sample["arguments"][0][0], **sample["doc"]["mc2_targets"]} for sample in asked]
     prompt = {"prompt": "harness"} if score in ("choices", "mc2") else {}
     return ours(folder, score, rows, work, **{"max_length": 400 if score == "mc2" else LONGEST} | prompt | options)
-
-
-class Difference(NamedTuple):
-    """Between the two for one row."""
-
-    row: int
-    what: str
-    size: float  # of a number: relative to it, if it is larger than 1; of a verdict: the margin by which ours was made
 
 
 def differences(score: str, mine: list[dict[str, Any]], foreign: list[dict[str, Any]]) -> list[Difference]:
@@ -269,12 +215,6 @@ def unlike_verdicts(score: str, record: dict[str, Any], sample: dict[str, Any]) 
     ]
 
 
-def lead(values: np.ndarray) -> float:
-    """Of the largest over the second."""
-    second, best = np.sort(values)[-2:]
-    return float(best - second)
-
-
 def grave(gaps: list[Difference]) -> list[Difference]:
     """What rounding does not explain. Whatever verdict differs is shown."""
     for gap in gaps:
@@ -309,7 +249,7 @@ def test_a_bos_that_is_only_declared_comes_before_a_text(models: dict[str, Path]
     shutil.copytree(models["qwen3"], folder)
     names = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    expected = harness(folder, PERPLEXITY, texts()[:4], tmp_path)
+    expected = harness(folder, PERPLEXITY, texts()[:4], tmp_path, LONGEST)
     for path, size in {folder: 0, models["qwen3"]: 4}.items():
         found = ours(path, "perplexity", texts()[:4], tmp_path, max_length=LONGEST)
         assert len(grave(differences("perplexity", found.samples, expected.samples))) == size
@@ -334,44 +274,13 @@ def test_the_rows_tell_the_rules_apart(
 # --- GSM8K ----------------------------------------------------------------------------------------
 
 
-def parted(folder: Path, question: str, text: str) -> float:
-    """By how much the first token of our answer that is not in `text` was preferred to the second best."""
-    config, base = load(folder)
-    codec = load_codec(folder, config.vocab_size)
-    prompt = evaluate.harness_prompt(codec, Row(1, question, "", {}), [])
-    ((_, answer),) = generate(config, base, codec, [prompt], stop=evaluate.HARNESS_STOPS)
-    tokens = [*answer.tokens, codec.eos]
-    common = next(n for n in range(len(tokens)) if n == len(answer.tokens) or not starts(codec, tokens[: n + 1], text))
-    logits, _ = forward(config, base, torch.tensor([[*prompt, *tokens[:common]]]))
-    return lead(logits[0, -1].numpy())
-
-
-def starts(codec: Codec, tokens: list[int], text: str) -> bool:
-    """Whether the tokens are the beginning of this text, up to a character that is not complete yet."""
-    return text.startswith(codec.tokenizer.decode(tokens).rstrip("\ufffd"))
-
-
-def answer_differences(folder: Path, mine: list[dict[str, Any]], foreign: list[dict[str, Any]]) -> list[Difference]:
-    """Every answer, and every verdict, that is not the same. The harness' samples come filter by filter."""
-    found = []
-    for filter, name in {"strict-match": "strict", "flexible-extract": "flexible"}.items():
-        samples = [sample for sample in foreign if sample["filter"] == filter]
-        for record, sample in zip(mine, samples, strict=True):
-            text = sample["resps"][0][0]
-            if (record["prediction"], record[name]) != (text, sample["exact_match"]):
-                margin = parted(folder, record["question"], text) if record["prediction"] != text else math.inf
-                found.append(Difference(record["row"], f"verdict {name}", margin))
-    return found
-
-
-@pytest.mark.parametrize("model", ["mini", "qwen3"])
+@pytest.mark.parametrize("model", ["mini", "qwen3", "merged"])
 def test_gsm8k_is_the_harness(model: str, models: dict[str, Path], tmp_path: Path) -> None:
     rows = mini_rows("math")[:24] if model == "mini" else mini_rows("math")[:8]
-    expected = harness(models[model], packaged("gsm8k/gsm8k.yaml"), rows, tmp_path, longest=None)
-    found = ours(models[model], "gsm8k", rows, tmp_path, prompt="harness", nll=False)
+    expected, found = gsm8k(models[model], rows, tmp_path)
     gaps = answer_differences(models[model], found.samples, expected.samples)
     assert grave(gaps) == []
-    for name, filter in {"strict": "strict-match", "flexible": "flexible-extract"}.items():
+    for filter, name in FILTERS.items():
         assert gaps or found.scores[name].mean == pytest.approx(expected.scores[f"exact_match,{filter}"].mean)
     if model == "mini":
         assert 0 < found.scores["strict"].mean < 1
