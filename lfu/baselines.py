@@ -125,7 +125,8 @@ def gem_loss(logits: Tensor, answers: Tensor, *, beta: float, weight: str) -> Te
 
     `weight` "linear" is w = 1; "logsigmoid" is w_j = sigmoid(0.01 (z_j - z_y)), which is close to ½. With w = 1 the
     gradient is that of beta · cross-entropy(z/beta, y). Only the gradient means something: the value is negative where
-    the answer is the likeliest token.
+    the answer is the likeliest token. Every labelled token of an optimizer step weighs alike, as in their second
+    version; in their first each micro-batch does.
     """
     gaps = logits - logits.gather(-1, answers[:, None])
     q = F.softmax(logits.detach() / beta, dim=-1)
@@ -142,8 +143,8 @@ def sam(
 ) -> tuple[Lora, Metrics]:
     """Table 6 b: the gradient of the SFT loss at θ + α·g/‖g‖₂, where g is its gradient at θ, on the same micro-batch.
 
-    θ is the task LoRA and ‖g‖₂ its norm as a whole; g is a constant, as in first-order SAM. The reported loss is that
-    at θ. `how`: the keyword arguments of `sft_gradient`.
+    θ is the task LoRA and ‖g‖₂ its norm as a whole, without SAM's ε; g is a constant, as in first-order SAM. The
+    reported loss is that at θ. `how`: the keyword arguments of `sft_gradient`.
     """
     ascent, metrics = sft_gradient(config, base, task, batch, **how)
     gradient, _ = sft_gradient(config, base, ascend(task, ascent, alpha), batch, **how)
@@ -173,9 +174,9 @@ def features(
 def feature_penalty(hidden: list[Tensor], mask: Tensor, *, order: int, norm: str) -> Tensor:  # K x [B,T,D] -> []
     """‖h_{l,t}‖_p, p = `order`, of all blocks l and masked positions t.
 
-    `norm` "sum" is as printed: summed over l and t, and here averaged over the rows of the micro-batch. As that is
-    thousands of times an SFT loss, "mean" is what we take the published λ to belong to: the mean over l and t, with the
-    mean over the D features inside the norm.
+    `norm` "sum" is as printed: summed over l and t, and here averaged over the rows of the micro-batch, whose
+    gradient the loop weighs by its tokens like all others. As that is thousands of times an SFT loss, "mean" is what
+    we take the published λ to belong to: the mean over l and t, with the mean over the D features inside the norm.
     """
     places = mask.nonzero(as_tuple=True)
     sizes = torch.stack([torch.linalg.vector_norm(h[places], ord=order, dim=-1) for h in hidden])  # [K,n]

@@ -104,7 +104,8 @@ def test_remat_changes_no_bit(name: str) -> None:
 )
 def test_switched_off_it_is_sft(name: str, off: dict[str, float]) -> None:
     sft = part("sft", case(), "lora")
-    assert distance(gradient(name, case(), **off), sft) < EXACT
+    still = gradient(name, case(), **off)
+    assert torch.equal(still, sft) if name in ("neftune", "sam") else distance(still, sft) < EXACT
     assert distance(gradient(name, case()), sft) > 1e-4
 
 
@@ -237,7 +238,7 @@ def test_gems_value_is_not_what_it_descends_and_not_positive_where_the_answer_le
     z, step = logits(), 1e-6
     ahead = z.clone()
     ahead[range(6), LABELS] = z.amax(-1) + 1
-    assert gem_and_gradient(ahead, 0.7, "linear")[0] < 0
+    assert all(gem_and_gradient(ahead, 0.7, weight)[0] < 0 for weight in ("linear", "logsigmoid"))
     direction = torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ends = [gem_and_gradient(z + sign * step * direction, 0.7, "linear")[0] for sign in (1, -1)]
     rise, claimed = (ends[0] - ends[1]) / (2 * step), (gem_and_gradient(z, 0.7, "linear")[1] * direction).sum()
@@ -277,7 +278,10 @@ def test_sam_on_a_quadratic(start: float, monkeypatch: pytest.MonkeyPatch) -> No
     H, A, B = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((12, 12), (2, 3), (3, 2)))
     H, task = H @ H.T, [{"q_proj": LowRank(start * A, start * B)}]
 
+    seen = []
+
     def quadratic(config: Any, base: Any, task: Any, batch: Any) -> Any:
+        seen.append(flat(task))
         g = H @ flat(task)
         return [{"q_proj": LowRank(g[:6].view(2, 3), g[6:].view(3, 2))}], {"sft": 0.5 * flat(task) @ g}
 
@@ -287,6 +291,9 @@ def test_sam_on_a_quadratic(start: float, monkeypatch: pytest.MonkeyPatch) -> No
     expected = H @ (t + 0.1 * H @ t / (H @ t).norm()) if start else torch.zeros(12, dtype=torch.float64)
     assert gap(flat(found), expected) < EXACT
     assert float(metrics["ascent_norm"]) == pytest.approx(float((H @ t).norm()))
+    there, moved = seen
+    assert torch.equal(there, t)
+    assert float((moved - there).norm()) == pytest.approx(0.1 if start else 0.0)
 
 
 # --- penalties ------------------------------------------------------------------------------------
@@ -354,6 +361,13 @@ def logit_consistency_error() -> float:
 
 def test_logit_consistency_is_eq_7() -> None:
     assert logit_consistency_error() < EXACT
+
+
+def test_logits_that_were_not_moved_are_consistent() -> None:
+    given = case()
+    method = bind("logit-consistency", given.config, scale=SCALE, alpha=0.0)[0]
+    _, metrics = method(given.config, given.base, given.task, given.batch, torch.Generator().manual_seed(5))
+    assert float(metrics["consistency"]) == 0.0
 
 
 # --- Anchored Learning ----------------------------------------------------------------------------
