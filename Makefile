@@ -22,7 +22,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 
 demo: $(VENV)/installed
-	$(BIN)/python experiments/demo.py
+	$(BIN)/python -m experiments.demo
 
 walkthrough: $(VENV)/installed-docs
 	$(BIN)/python docs/execute.py
@@ -32,8 +32,8 @@ walkthrough-check: $(VENV)/installed-docs
 
 # Random weights in the shape of Llama-3.1-8B, then of Mistral-7B (16 GB on disk each), and one LfU step of each kind.
 scale: $(VENV)/installed
-	$(BIN)/python experiments/scale.py step --shape llama-3.1-8b --folder $(FOLDER)/llama-3.1-8b
-	$(BIN)/python experiments/scale.py step --shape mistral-7b-v0.3 --folder $(FOLDER)/mistral-7b-v0.3
+	$(BIN)/python -m experiments.scale step --shape llama-3.1-8b --folder $(FOLDER)/llama-3.1-8b
+	$(BIN)/python -m experiments.scale step --shape mistral-7b-v0.3 --folder $(FOLDER)/mistral-7b-v0.3
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

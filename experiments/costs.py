@@ -1,10 +1,10 @@
 """What single parts of a step cost: the tables of `docs/performance.md` that `lfu bench` does not make.
 
-    python experiments/costs.py remat --model SMOLLM2         # time and memory of --remat, and expected peaks
-    python experiments/costs.py precision --model SMOLLM2     # the float32 parts in bfloat16 instead
-    python experiments/costs.py operations --model SMOLLM2    # where an SFT step's time goes
-    python experiments/costs.py padding --model SMOLLM2 --data train.jsonl    # real rows against rows of one length
-    python experiments/costs.py compiled --model SMOLLM2 --blocks 6           # torch.compile, by the blocks compiled
+    python -m experiments.costs remat --model SMOLLM2         # time and memory of --remat, and expected peaks
+    python -m experiments.costs precision --model SMOLLM2     # the float32 parts in bfloat16 instead
+    python -m experiments.costs operations --model SMOLLM2    # where an SFT step's time goes
+    python -m experiments.costs padding --model SMOLLM2 --data train.jsonl    # real rows against rows of one length
+    python -m experiments.costs compiled --model SMOLLM2 --blocks 6           # torch.compile, by the blocks compiled
 
 Ratios within one run, the median of interleaved rounds, with their range. One step is 4 x 200 random tokens of which
 120 in each row carry loss, rank 8, bfloat16.

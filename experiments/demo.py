@@ -1,7 +1,7 @@
 """What fine-tuning makes a small model learn, and what it makes it forget: SFT against LfU on `weights/mini`.
 
     make demo
-    python experiments/demo.py --methods sft lfu-lora lfu-reps released-lora released-reps
+    python -m experiments.demo --methods sft lfu-lora lfu-reps released-lora released-reps
 
 Fine-tunes the miniature model on 96 two-step word problems with each method, through the same functions as the `lfu`
 command, scores it on the task and on all four categories of its world, and prints one table. Nothing here knows that

@@ -1,7 +1,7 @@
 """What each difference between the paper, its released code and this project does to the gradient.
 
-    python experiments/differences.py --model SMOLLM2 --data gsm8k/train.jsonl --adapter ADAPTER
-    python experiments/differences.py --model weights/mini --data weights/mini/math/train.jsonl --template question
+    python -m experiments.differences --model SMOLLM2 --data gsm8k/train.jsonl --adapter ADAPTER
+    python -m experiments.differences --model weights/mini --data weights/mini/math/train.jsonl --template question
                                       --adapter runs/demo/lfu-lora/adapter
 
 Every row of the tables starts from the paper's algorithm (Algorithm 1 or 2, float32, the published α and λ) and changes
@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fidelity
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from experiments import fidelity
 from lfu import lora, methods, model, released, steering
 from lfu.data import Batch, Codec, Example, Format, collate, encode_row, load_codec, read_rows, token_ids
 from lfu.lora import Adapter, Lora
@@ -123,7 +123,7 @@ def lora_variant(
 ) -> Found:
     """Algorithm 1, written out in three passes, with one thing or another changed."""
     config, base, task, _, batch, _ = bench
-    alpha, lam = PUBLISHED["lora"].values()
+    alpha, lam = (PUBLISHED["lora"][name] for name in ("alpha", "lam"))
     aux = lora.init(config, RANK, generator=torch.Generator().manual_seed(seed))
     average = over_examples if per_example else over_tokens
 
@@ -201,7 +201,7 @@ def reps_variant(
 ) -> Found:
     """Algorithm 2, written out in three passes, with one thing or another changed."""
     config, base, task, _, batch, _ = bench
-    alpha, lam = PUBLISHED["reps"].values()
+    alpha, lam = (PUBLISHED["reps"][name] for name in ("alpha", "lam"))
     where = torch.ones_like if everywhere else predicts
 
     def loss(d: Tensor) -> tuple[Tensor, Any]:

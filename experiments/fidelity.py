@@ -1,6 +1,6 @@
 """How right are the gradients in low precision? Cosine and norm ratio against float64, at every published setting.
 
-    python experiments/fidelity.py --model SMOLLM2 --data gsm8k/train.jsonl
+    python -m experiments.fidelity --model SMOLLM2 --data gsm8k/train.jsonl
 
 h' - h is far smaller than h. Two passes rounded to bfloat16 differ mostly by noise; the default path rounds the
 difference itself (`model.relative_to`). The columns of the table are the same functions at four precisions; the rows

@@ -1,6 +1,6 @@
 """GSM8K as lm-evaluation-harness scores it and as `lfu eval` does, item by item, on a model of any size.
 
-    python experiments/harness.py --model FOLDER --gsm8k test.jsonl --rows 50
+    python -m experiments.harness --model FOLDER --gsm8k test.jsonl --rows 50
 
 The harness' own task, zero-shot, over rows of a file, in float32; the folder is read as it is by both, so one written
 by `lfu merge` shows that such folders need nothing more. Prints both scores, and every answer or verdict that differs

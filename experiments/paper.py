@@ -30,6 +30,8 @@ RANKS_1 = {"SFT": 4.8, "NEFTune": 3.0, "GEM": 3.5, "IM": 3.5, "SDFT": 4.3, "LfU 
 RANKS_2 = {"SFT": 4.3, "NEFTune": 4.3, "GEM": 2.8, "IM": 2.5, "SDFT": 4.8, "LfU (LoRA)": 1.5}
 TIMES = {"SFT": 1386.9, "LfU (LoRA)": 4142.4, "LfU (RepS)": 2332.1}
 """Table 3: milliseconds a step on an H100."""
+GROWTH = {"sft": 1.15, "lfu-lora": 1.16, "lfu-reps": 1.21}
+"""Table 10: time of a step of Llama-2-13B over one of Llama-3.1-8B, on an H100."""
 ATTACKS = {
     "SFT": (2.7, 34.8),
     "NEFTune": (2.4, 29.1),

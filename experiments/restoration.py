@@ -1,7 +1,7 @@
 """When parameters are put back before the backward pass: what the released code's gradients are then.
 
-    python experiments/restoration.py --model SMOLLM2 --data gsm8k/train.jsonl --adapter ADAPTER
-    python experiments/restoration.py --model weights/mini --data weights/mini/math/train.jsonl --template question
+    python -m experiments.restoration --model SMOLLM2 --data gsm8k/train.jsonl --adapter ADAPTER
+    python -m experiments.restoration --model weights/mini --data weights/mini/math/train.jsonl --template question
                                       --adapter runs/mini-3/adapter
 
 The released LfU (LoRA) moves the parameters in place (`p.data += step`), computes the perturbed states, puts the
@@ -14,13 +14,13 @@ released order of things, and compared with gradients that are taken before anyt
 import argparse
 from pathlib import Path
 
-import fidelity
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from experiments import fidelity
 from lfu import model
 from lfu.data import Batch, Format, collate, encode_row, load_codec, read_rows
 from lfu.loss import IGNORED

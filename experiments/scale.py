@@ -1,12 +1,12 @@
 """The step at true sizes: an 8B model's shapes on one machine, and how cost grows with tokens and blocks.
 
-    python experiments/scale.py step --shape llama-3.1-8b --folder runs/llama-3.1-8b
-    python experiments/scale.py growth
+    python -m experiments.scale step --shape llama-3.1-8b --folder runs/llama-3.1-8b
+    python -m experiments.scale growth
 
 `step` writes random weights in the shape of a published model, once, as bfloat16 shards (16 GB for the larger one), and
 takes one LfU (LoRA) and one LfU (RepS) gradient from one row. The weights stay mapped from the file; what is resident
 beyond them is the step's own. `growth` takes blocks of Llama-3.1-8B's shape, and shows time per token over lengths and
-time per block over depths.
+time per block over depths; and what the count of operations says of a model half as large again.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiments import paper
 from lfu import bench, checkpoint, methods, model
 from lfu.memory import peak
 from lfu.model import Config, Params
@@ -164,6 +165,18 @@ def growth() -> None:
     for depth in DEPTHS:
         cells = [f"{seconds:.2f}" for seconds in medians(shaped(depth), base, 512)]
         print(f"| {depth} | {' | '.join(cells)} | {counted(shaped(depth), 512) / 1e9:.0f} GFLOP |", flush=True)
+    print(f"\n{larger_model()}")
+
+
+def larger_model() -> str:
+    """What the count says of Llama-2-13B over Llama-3.1-8B, beside the paper."""
+    of_8b = Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, None, None, False)
+    of_13b = Config("llama", 32000, 5120, 13824, 40, 40, 40, 128, 1e-5, 1e4, None, None, False)
+    cells = []
+    for name, published in paper.GROWTH.items():
+        small, large = (bench.step_flops(each, bench.PASSES[name], 16, 200, 1920, RANK) for each in (of_8b, of_13b))
+        cells.append(f"{name} {large / small:.2f} (there {published})")
+    return f"Counted, a step of Llama-2-13B over one of Llama-3.1-8B, as in the paper's Table 10: {', '.join(cells)}."
 
 
 def shaped(blocks: int) -> Config:

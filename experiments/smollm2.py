@@ -1,7 +1,7 @@
 """GSM8K with SmolLM2-135M-Instruct on a CPU: every run, every score, and the tables of `docs/results.md`.
 
-    python experiments/smollm2.py run --model SMOLLM2 --gsm8k FOLDER --wikitext FILE --out runs/smollm2
-    python experiments/smollm2.py table --out runs/smollm2
+    python -m experiments.smollm2 run --model SMOLLM2 --gsm8k FOLDER --wikitext FILE --out runs/smollm2
+    python -m experiments.smollm2 table --out runs/smollm2
 
 Two regimes: `full`, 480 rows for three epochs at the published settings, and `small`, 32 rows for twenty epochs at
 ten times the learning rate, where SFT overfits. `run` continues where it stopped: training resumes from its last

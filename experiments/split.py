@@ -1,6 +1,6 @@
 """LfU (RepS) split at the end of the prompt: the same gradient from 3.2 passes in place of 4, of which SFT has 2.
 
-    python experiments/split.py --model SMOLLM2 --dtype bfloat16
+    python -m experiments.split --model SMOLLM2 --dtype bfloat16
 
 Steering acts on the answer's positions only, and attention looks back only. So the perturbed pass finds the prompt as
 the clean pass left it: its keys and values. It has to be run over the answer alone, and so has the backward pass of

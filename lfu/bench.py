@@ -194,23 +194,6 @@ def step_flops(config: Config, passes: Sequence[Pass], rows: int, length: int, a
     return round(sum(flop_parts(config, passes, rows, length, answers, rank).values()))
 
 
-LLAMA_8B = Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, None, None, False)  # Llama-3.1
-LLAMA_13B = Config("llama", 32000, 5120, 13824, 40, 40, 40, 128, 1e-5, 1e4, None, None, False)  # Llama-2
-TABLE_10 = {"sft": 1.15, "lfu-lora": 1.16, "lfu-reps": 1.21}
-"""The paper's time of a Llama-2-13B step over one of Llama-3.1-8B, on an H100."""
-
-
-def growth_line(rows: int, length: int, answers: int, rank: int) -> str:
-    """What the count says of 13B over 8B, beside the paper's Table 10."""
-
-    def ratio(name: str) -> float:
-        of_13b, of_8b = (step_flops(each, PASSES[name], rows, length, answers, rank) for each in (LLAMA_13B, LLAMA_8B))
-        return of_13b / of_8b
-
-    cells = ", ".join(f"{name} {ratio(name):.2f} (there {paper})" for name, paper in TABLE_10.items())
-    return f"By this count a step of Llama-2-13B over one of Llama-3.1-8B, as in the paper's Table 10: {cells}."
-
-
 def matmul_rate(config: Config, base: Params, tokens: int) -> float:
     """Operations a second of this machine in the products W x of the model's own MLP, the largest there are."""
     W = base.layers[0].gate_proj
@@ -290,7 +273,7 @@ def step_table(
         )
     parts = flop_parts(config, PASSES["sft"], rows, length, answers, rank)
     of_sft = ", ".join(f"{name} {part / counts['sft']:.1%}" for name, part in parts.items())
-    return "\n".join([*lines, "", f"SFT's arithmetic: {of_sft}.", "", growth_line(rows, length, answers, rank)])
+    return "\n".join([*lines, "", f"SFT's arithmetic: {of_sft}."])
 
 
 # --- decoding -------------------------------------------------------------------------------------

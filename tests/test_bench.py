@@ -84,7 +84,6 @@ def test_the_command_prints_every_contestant(capsys: pytest.CaptureFixture[str])
     for name in ("lfu", "lfu, with LoRA", "transformers", "transformers + peft"):
         assert re.search(rf"^\| {re.escape(name)} \| [1-9]\d* \| \d+\.\d\d \(", table, re.MULTILINE)
     assert "3 prompts of 16 to 24 tokens, 4 new tokens each" in table
-    assert re.search(r"Table 10: sft 1\.7\d \(there 1\.15\), lfu-lora", table)
     assert re.search(r"SFT's arithmetic: frozen weights \d+\.\d%, adapters .*, output layer \d+\.\d%\.", table)
     assert "2 x 24 tokens, 16 with loss, torch.bfloat16" in table
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import costs
+from experiments import costs
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
 

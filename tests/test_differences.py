@@ -4,7 +4,6 @@ With nothing changed they compute what `lfu-lora` and `lfu-reps` compute; with e
 `released-lora` and `released-reps` compute. So no difference between the two is missing from the list.
 """
 
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -12,14 +11,12 @@ import pytest
 import torch
 from compare import distance
 
+from experiments import differences
+from experiments.differences import MICRO_BATCH, Bench, Found, by_method, lora_variant, reps_variant
+from lfu import data, model, released
+from lfu.train import adamw, train
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import differences  # noqa: E402
-from differences import MICRO_BATCH, Bench, Found, by_method, lora_variant, reps_variant  # noqa: E402
-
-from lfu import data, model, released  # noqa: E402
-from lfu.train import adamw, train  # noqa: E402
 
 CLOSE = 1e-3
 """Relative error in float32 of what rests on small differences. Measured: at most 7e-5, for steering."""

@@ -1,16 +1,12 @@
 """The random weights of `experiments/scale.py` are a model folder like any other, shard by shard."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from experiments import scale
 from lfu import checkpoint, model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import scale
 
 
 @pytest.mark.parametrize("shape", scale.SHAPES)
@@ -31,3 +27,7 @@ def test_the_published_shapes_have_their_published_sizes(tmp_path: Path) -> None
         checkpoint.write_json(tmp_path / f"{shape}.json", scale.SHAPES[shape])
         shapes = model.tensor_shapes(model.read_config(tmp_path / f"{shape}.json"))
         assert sum(torch.Size(each).numel() for each in shapes.values()) == size
+
+
+def test_the_count_says_what_a_larger_model_costs() -> None:
+    assert "Table 10: sft 1.75 (there 1.15), lfu-lora 1.78 (there 1.16)" in scale.larger_model()

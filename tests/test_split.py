@@ -1,19 +1,13 @@
 """`experiments/split.py` computes the gradient of LfU (RepS), by another road."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from compare import distance
 from tiny import CONFIGS, random_lora, random_params
 
+from experiments import split
 from lfu import bench, steering
 from lfu.train import lfu_gradient
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import split
 
 CLOSE = 1e-12
 """Relative error in float64. Measured: at most 5e-14."""
