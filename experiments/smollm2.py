@@ -66,7 +66,7 @@ SETTINGS = {
     "relative500": {"method": "lfu-lora", "alpha": 0.1, "lam": 500.0, "norm": "relative"},
 }
 REGIMES = {
-    "small": {"limit": 32, "epochs": 20, "learning_rate": 1e-3, "save_every": 4, "keep": 100},
+    "small": {"limit": 32, "epochs": 20, "learning_rate": 1e-3, "save_every": 8, "keep": 100},
     "full": {"limit": 480, "epochs": 3, "learning_rate": 1e-4, "save_every": 30, "keep": 100},
 }
 PUBLISHED = ("sft", "lora", "lora500", "reps")
