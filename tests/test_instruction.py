@@ -255,5 +255,5 @@ def test_a_run_from_before_continues(merging: Path, tmp_path: Path) -> None:
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in settings.items() if name not in ("loss_on", "layout")}))
     cli.train(TrainOptions(**{**vars(options), "resume": True}))
-    with pytest.raises(ValueError, match=r"loss_on was 'answer' and is 'instruction\+answer'"):
+    with pytest.raises(ValueError, match=r"loss-on was 'answer' and is 'instruction\+answer'"):
         cli.train(TrainOptions(**{**vars(options), "resume": True, "loss_on": BOTH}))

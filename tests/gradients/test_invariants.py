@@ -253,7 +253,7 @@ def test_the_lfu_gradient_depends_on_the_split(auxiliary: str) -> None:
     ("changed", "message"),
     [
         ({"alpha": -0.1}, "alpha must be at least 0"),
-        ({"lam": -1.0}, "lam must be at least 0"),
+        ({"lam": -1.0}, "lambda must be at least 0"),
         ({"alpha": float("nan")}, "alpha must be at least 0"),
         ({"layers": {0}}, "block numbers from 1 to 3"),
         ({"layers": {1, 4}}, "block numbers from 1 to 3"),
