@@ -17,6 +17,7 @@ training rows that no run trains on, to choose α and λ by.
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -40,7 +41,7 @@ from lfu.data import (
     read_rows,
     token_ids,
 )
-from lfu.evaluate import WORDINGS, Estimate, accuracy, answer_nll, gsm8k_scores, ratio, sum_rows
+from lfu.evaluate import WORDINGS, Estimate, accuracy, answer_nll, gsm8k_scores, per_token, sum_rows
 from lfu.generate import generate
 from lfu.lora import Adapter
 from lfu.lora import load as load_adapter
@@ -250,13 +251,10 @@ def asked(codec: Codec, wording: str, row: Row) -> Example:
 
 def drift(bench: Bench, adapters: list[Adapter]) -> Estimate:
     """Mean KL(base ‖ tuned) per answer token, in nats; the standard error is over prompts."""
-    ordered = sorted(bench.drift, key=lambda example: len(example.tokens))
-    batches = [ordered[start : start + 10] for start in range(0, len(ordered), 10)]
-    totals = [total for batch in batches for total in row_divergences(bench, batch, adapters)]
-    return ratio(totals, [example.supervised for example in ordered])
+    return per_token(bench.drift, lambda batch: row_divergences(bench, batch, adapters), batch_size=10)
 
 
-def row_divergences(bench: Bench, examples: list[Example], adapters: list[Adapter]) -> list[float]:
+def row_divergences(bench: Bench, examples: Sequence[Example], adapters: list[Adapter]) -> list[float]:
     batch = collate(examples)
     mask = predicts(batch.labels)
 

@@ -235,13 +235,20 @@ def answer_nll(
     batch_size: int = 16,
 ) -> Estimate:
     """Mean negative log-likelihood of the labelled tokens, in nats; n counts tokens, the error is over rows."""
+
+    def losses(batch: Sequence[Example]) -> list[float]:
+        return [-row.logprob for row in row_likelihoods(config, params, batch, adapters)]
+
+    return per_token(examples, losses, batch_size)
+
+
+def per_token(
+    examples: Sequence[Example], measure: Callable[[Sequence[Example]], list[float]], batch_size: int
+) -> Estimate:
+    """What `measure` finds for each row of a batch, summed, over all labelled tokens; rows come sorted by length."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
-    totals = [
-        -row.logprob
-        for start in range(0, len(ordered), batch_size)
-        for row in row_likelihoods(config, params, ordered[start : start + batch_size], adapters)
-    ]
-    return ratio(totals, [example.supervised for example in ordered])
+    batches = (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
+    return ratio([found for batch in batches for found in measure(batch)], [each.supervised for each in ordered])
 
 
 def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
