@@ -88,6 +88,8 @@ RUNS = [
 
 # Of GSM8K's test set: for the likelihood at the end of a run and along the way, and for exact match.
 TEST_ROWS, CURVE_ROWS, MATCH_ROWS = 500, 100, 200
+STOPPED = 16
+"""Where SFT is best in the small regime by the curve on test rows: what stopping in time could give at most."""
 PROMPT_ROWS = 100  # of the test set, under each wording
 HELD_BACK = slice(7000, 7200)  # of the training set, of which runs see the first 480 rows at most
 WINDOW, WINDOWS = 512, 64  # WikiText-2 is scored in this many windows of this many tokens
@@ -150,6 +152,9 @@ def run_one(paths: Paths, bench: Bench, name: str) -> None:
         adapter = load_adapter(step, bench.config)
         score_once(folder / f"nll-{step.name}.json", partial(nll_scores, bench, [adapter], bench.test[:CURVE_ROWS]))
     adapters = [load_adapter(folder / "adapter", bench.config)] if name != "base" else []
+    if name.startswith("small-sft"):
+        stopped = load_adapter(folder / "checkpoints" / f"step-{STOPPED}", bench.config)
+        score_once(folder / "stopped.json", partial(scores, bench, [stopped]))
     score_once(folder / "held.json", partial(nll_scores, bench, adapters, bench.held))
     score_once(folder / "scores.json", partial(scores, bench, adapters))
     score_once(folder / "prompts.json", partial(prompt_scores, bench, adapters))
@@ -270,10 +275,10 @@ def row_divergences(bench: Bench, examples: Sequence[Example], adapters: list[Ad
 
 
 def table(out: Path) -> str:
-    """One row per scored run; then the rows that were held back, the five wordings, and the way there."""
+    """One row per scored run, and for SFT stopped in time; then the rows that were held back, the five wordings, and the way there."""
     lines = ["| run | test NLL | strict % | flexible % | WikiText-2 NLL | drift |", "|---|---|---|---|---|---|"]
-    for name, results in saved(out, "scores"):
-        lines.append(f"| {name} | " + " | ".join(cells(results)) + " |")
+    rows = saved(out, "scores") + [(f"{name} at step {STOPPED}", results) for name, results in saved(out, "stopped")]
+    lines += [f"| {name} | " + " | ".join(cells(results)) + " |" for name, results in rows]
     if held := saved(out, "held"):
         lines += ["", "| run | NLL of rows held back from training |", "|---|---|"]
         lines += [f"| {name} | {in_cell(results['nll'], 1, 3)} |" for name, results in held]
