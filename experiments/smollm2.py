@@ -275,7 +275,7 @@ def row_divergences(bench: Bench, examples: Sequence[Example], adapters: list[Ad
 
 
 def table(out: Path) -> str:
-    """One row per scored run, and for SFT stopped in time; then the rows that were held back, the five wordings, and the way there."""
+    """One row per scored run, and of SFT stopped in time; then the held-back rows, five wordings, and the way there."""
     lines = ["| run | test NLL | strict % | flexible % | WikiText-2 NLL | drift |", "|---|---|---|---|---|---|"]
     rows = saved(out, "scores") + [(f"{name} at step {STOPPED}", results) for name, results in saved(out, "stopped")]
     lines += [f"| {name} | " + " | ".join(cells(results)) + " |" for name, results in rows]
