@@ -58,12 +58,12 @@ SETTINGS = {
     "im": {"method": "sft", "loss_on": "instruction+answer"},
     "rlora": {"method": "released-lora"},
     "rreps": {"method": "released-reps"},
-    # Other α·λ, and λ of the scale-free norm, to choose from on the rows that are held back.
+    # Other α·λ, and for the scale-free norm the λ of weights/mini and one more: to choose by the rows held back.
     "lora0.5": {"method": "lfu-lora", "alpha": 0.1, "lam": 0.5},
     "lora50": {"method": "lfu-lora", "alpha": 0.1, "lam": 50.0},
     "reps1": {"method": "lfu-reps", "alpha": 0.1, "lam": 1.0},
     "reps10": {"method": "lfu-reps", "alpha": 0.1, "lam": 10.0},
-    "relative5": {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0, "norm": "relative"},
+    "relative50": {"method": "lfu-lora", "alpha": 0.1, "lam": 50.0, "norm": "relative"},
     "relative500": {"method": "lfu-lora", "alpha": 0.1, "lam": 500.0, "norm": "relative"},
 }
 REGIMES = {
@@ -72,7 +72,7 @@ REGIMES = {
 }
 PUBLISHED = ("sft", "lora", "lora500", "reps")
 BASELINES = ("neftune", "gem", "im", "rlora", "rreps")
-CANDIDATES = ("lora0.5", "lora50", "reps1", "reps10", "relative5", "relative500")
+CANDIDATES = ("lora0.5", "lora50", "reps1", "reps10", "relative50", "relative500")
 RUNS = [
     f"{regime}-{name}-{seed}"
     for seed, regimes, names in (
