@@ -101,7 +101,8 @@ def ours(folder: Path, score: str, rows: list[Any], work: Path, **options: Any) 
     """The same through `lfu eval`."""
     out = work / f"out-{len(list(work.iterdir()))}.jsonl"
     data = write_rows(work / "ours.jsonl", rows)
-    given = {"model": str(folder), "data": str(data), "out": str(out), "score": score, **options}
+    given = {"model": str(folder), "data": str(data), "out": str(out), "score": score}
+    given |= {"device": "cpu", "dtype": "float32"} | options
     scores = cli.evaluate(EvalOptions(**given))
     records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     return Outcome(sorted(records, key=lambda record: record["row"]), scores)
@@ -124,15 +125,17 @@ class Difference(NamedTuple):
 
 
 def answer_differences(folder: Path, mine: list[dict[str, Any]], foreign: list[dict[str, Any]]) -> list[Difference]:
-    """Every answer, and every verdict, that is not the same. The harness' samples come filter by filter."""
+    """Every answer, and of equal answers every verdict, that is not the same."""
     found = []
-    for filter, name in FILTERS.items():
-        samples = [sample for sample in foreign if sample["filter"] == filter]
-        for record, sample in zip(mine, samples, strict=True):
-            text = sample["resps"][0][0]
-            if (record["prediction"], record[name]) != (text, sample["exact_match"]):
-                margin = parted(folder, record["question"], text) if record["prediction"] != text else math.inf
-                found.append(Difference(record["row"], f"verdict {name}", margin))
+    by_filter = [[sample for sample in foreign if sample["filter"] == filter] for filter in FILTERS]
+    for record, *samples in zip(mine, *by_filter, strict=True):
+        text = samples[0]["resps"][0][0]
+        if record["prediction"] != text:
+            found.append(Difference(record["row"], "answer", parted(folder, record["question"], text)))
+            continue
+        verdicts = {name: sample["exact_match"] for name, sample in zip(FILTERS.values(), samples)}
+        other = [name for name, verdict in verdicts.items() if record[name] != verdict]
+        found += [Difference(record["row"], f"verdict {name}", math.inf) for name in other]
     return found
 
 

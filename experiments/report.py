@@ -429,7 +429,7 @@ def sections(look_up: plan.LookUp, choices: plan.Choices, out: Path) -> dict[str
         "What was chosen": lambda: "\n\n".join(
             [
                 choices_table(choices),
-                rewritten_line(look_up, choices),
+                if_there(partial(rewritten_line, look_up, choices)),
                 "![Learning and keeping](miniature-trials.png)",
             ]
         ),

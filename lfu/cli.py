@@ -58,7 +58,7 @@ def smaller(options: Any) -> str:
     if isinstance(options, TrainOptions):
         free = not (options.remat or options.compile or options.method in RELEASED)
         anew = [*ways, "a lower --max-length", "a lower --micro-batch-size (for LfU a setting of the method)"]
-        ways = ["--remat, also with --resume"] * free + [f"in a new run {anew[0]}", *anew[1:]]
+        ways = ["--remat (also with --resume)"] * free + [f"in a new run: {anew[0]}", *anew[1:]]
     elif isinstance(options, EvalOptions):
         ways += ["a lower --batch-size"] + ["a lower --max-length"] * (options.score in likelihoods.SCORES)
     elif isinstance(options, DistillOptions):

@@ -100,10 +100,12 @@ def json_object(line: str) -> dict:
         raise InputError(f"not valid JSON ({error}).{hint}") from error
     if not isinstance(fields, dict):
         raise InputError(f"a row must be a JSON object, not {type(fields).__name__}.{hint}")
-    try:
-        json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"a text holds half a character, {error.object[error.start]!r} alone.") from error
+    for name, value in fields.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise InputError(f"column {name!r} holds half a character, {half!r} alone: mend or remove it.") from error
     return fields
 
 

@@ -177,7 +177,7 @@ def require_numbers(path: str | Path, rows: Sequence[Row]) -> None:
     if row := next((row for row in rows if not NUMBER.fullmatch(normalised(row.answer))), None):
         raise InputError(
             f"{path}, line {row.number}: the score gsm8k compares numbers, and the reference answer is not one, nor "
-            f"has one behind ####: {row.answer[:80]!r}. Choose another score, such as exact."
+            f"is what follows its ####: {normalised(row.answer)[-80:]!r}. Choose another score, such as exact."
         )
 
 

@@ -622,6 +622,7 @@ def test_broken_weights_leave_the_folder_free_for_the_next_try(
     assert "model.safetensors is not a complete safetensors file" in refusal(capsys)
     assert not out.exists()
     shutil.copyfile(MINI / "model.safetensors", model / "model.safetensors")
+    out.mkdir()
     assert lfu("train", **options) == 0
 
 
@@ -690,7 +691,7 @@ def test_out_of_memory_names_the_batch_and_what_helps(
     message = capsys.readouterr().err
     assert re.search(r"Step 1: out of memory in a batch of 4 x \d+ tokens, the rows of lines \[\d+, ", message)
     assert (
-        "What helps: --remat, also with --resume, in a new run --dtype bfloat16, a lower --max-length, a lower"
+        "What helps: --remat (also with --resume), in a new run: --dtype bfloat16, a lower --max-length, a lower"
         in message
     )
 

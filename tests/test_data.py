@@ -249,7 +249,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"question": "Why?", "answer": "So.', "not valid JSON"),
-        (r'{"question": "Why?", "answer": "So \ud83d"}', r"a text holds half a character, '\ud83d' alone"),
+        (r'{"question": "Why?", "answer": "So \ud83d"}', r"column 'answer' holds half a character, '\ud83d' alone"),
         ('["Why?", "So."]', "a row must be a JSON object, not list"),
         ('{"question": "Why?", "response": "So."}', "no column 'answer'; the row has question, response"),
         ("{}", "no column 'question'; the row has none"),

@@ -218,9 +218,10 @@ def unlike_verdicts(score: str, record: dict[str, Any], sample: dict[str, Any]) 
 def grave(gaps: list[Difference]) -> list[Difference]:
     """What rounding does not explain. Whatever verdict differs is shown."""
     for gap in gaps:
-        if gap.what.startswith("verdict"):
+        if gap.what.startswith(("answer", "verdict")):
             print(f"row {gap.row}: another {gap.what}, by a margin of {gap.size:.2g}")
-    return [gap for gap in gaps if not gap.size <= (MARGIN if gap.what.startswith("verdict") else ROUNDING)]
+    limits = {gap: MARGIN if gap.what.startswith(("answer", "verdict")) else ROUNDING for gap in gaps}
+    return [gap for gap, limit in limits.items() if not gap.size <= limit]
 
 
 SCORES = ["choices", "mc2", "last-word", "perplexity"]

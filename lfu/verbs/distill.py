@@ -31,6 +31,7 @@ from lfu.verbs.shared import (
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions(RowsOptions, ModelOptions):
+    model: str = option("model folder or hub id; the model that will be fine-tuned")
     out: str = option("JSONL file for the same rows with their new answers, written as they come; must not exist")
     recipe: str = option(
         "how to ask: see lfu/distill.py; all but general also compare the last integers", "gsm8k", choices=list(RECIPES)
@@ -65,7 +66,7 @@ def distill(options: DistillOptions) -> Path:
     names = ("seed", "temperature", "top_k", "top_p", "max_new_tokens", "batch_size")
     how = {name: getattr(options, name) for name in names}
     checkpoint.write_json(record, settings)
-    batches = distilled(who.config, who.base, who.codec, rows[len(before) :], RECIPES[options.recipe], **how)
+    batches = distilled(who.config, who.base, words.codec, rows[len(before) :], RECIPES[options.recipe], **how)
     fresh = write_answers(options, rows, len(before), batches)
     answers = [*before, *(answer.text for answer in fresh)]
     new = sum(answer != row.answer for answer, row in zip(answers, rows))

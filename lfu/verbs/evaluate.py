@@ -17,7 +17,6 @@ from lfu.data import TEMPLATES, Example, Row, encode_row, prompt_ids, read_rows
 from lfu.evaluate import Estimate
 from lfu.verbs.shared import (
     RowsOptions,
-    Speaker,
     SpeakerOptions,
     Wording,
     option,
@@ -81,22 +80,25 @@ def require_consistent(options: EvalOptions) -> None:
     require_counts(options, "batch_size", "max_new_tokens", "max_length", "limit")
     require_counts(options, "shots", "seed", least=0)
     require_effect(options)
-    likely, harness, out = options.score in likelihoods.SCORES, options.prompt == "harness", options.out
+    harness, out = options.prompt == "harness", options.out
+    written = options.score in evaluating.WITH_REFERENCES  # the template is looked at, for the likelihood of answers
     refusals = {
         "--no-generate and --no-nll together leave nothing to do.": not options.generate and options.nll is False,
         "--out is for predictions; with --no-generate there are none.": out is not None and not options.generate,
-        f"{out} exists already; predictions are never overwritten. Choose another --out.": out and Path(out).exists(),
+        f"{out} exists already; predictions are never overwritten. Choose another --out.": (
+            out is not None and Path(out).exists()
+        ),
         "Worked examples belong to the harness prompt: add --prompt harness.": (
             not harness and (options.shots or options.shots_data)
         ),
         "The harness prompt is the question as it stands: leave out --template or --prompt harness.": (
-            harness and options.template and (likely or options.nll is False)
+            harness and options.template and (options.nll is False or not written)
         ),
         "--shots-data and --seed are without effect as long as --shots is 0: say how many.": (
             not options.shots and (options.shots_data or options.seed != EvalOptions.seed)
         ),
         "--prompt harness is for generated answers; with --no-generate there are none.": (
-            harness and not options.generate and not likely
+            harness and not options.generate and options.score in evaluating.SCORES
         ),
         "Worked examples need a file to be drawn from: give --shots-data, such as GSM8K's train.jsonl.": (
             options.shots and options.shots_data is None
@@ -132,15 +134,19 @@ def by_answers(options: EvalOptions) -> Iterator[Described]:
     if options.generate and options.score == "gsm8k":
         evaluating.require_numbers(options.data, rows)
     words = wording(options)
-    likely = options.nll is not False and options.score in evaluating.WITH_REFERENCES
-    examples = [answer_alone(encode_row(words.codec, words.format, row)) for row in rows] if likely else []
+    measured = rows if options.nll is not False and options.score in evaluating.WITH_REFERENCES else []
+    examples = [answer_alone(encode_row(words.codec, words.format, row)) for row in measured]
     prompts, stop = asked(options, words, rows) if options.generate else ([], ())
     who = speaker(options, words)
-    if likely:
+    if examples:
         nll = evaluating.answer_nll(who.config, who.base, examples, who.adapters, batch_size=options.batch_size)
         yield "nll", nll, in_words(words)
     if options.generate:
-        hits = predict(options, who, rows, prompts, stop)
+        answers = generating.generate(
+            who.config, who.base, words.codec, prompts, who.adapters,
+            max_new_tokens=options.max_new_tokens, stop=stop, batch_size=options.batch_size,
+        )  # fmt: skip
+        hits = scored(options, rows, answers)
         how = f"harness prompt, {options.shots}-shot" if options.prompt == "harness" else in_words(words)
         how += f", greedy, at most {options.max_new_tokens} new tokens"
         yield from ((name, evaluating.accuracy([hit[name] for hit in hits]), how) for name in hits[0])
@@ -148,7 +154,7 @@ def by_answers(options: EvalOptions) -> Iterator[Described]:
 
 def asked(options: EvalOptions, words: Wording, rows: list[Row]) -> tuple[list[list[int]], Sequence[str]]:
     """The prompts, and the strings that end an answer."""
-    _, _, codec, form = words
+    codec, form = words.codec, words.format
     if options.prompt == "own":
         return [prompt_ids(codec, form, row.question) for row in rows], TEMPLATES[form.template].stops
     pool = read_rows(options.shots_data, options.reader()) if options.shots_data else []
@@ -157,14 +163,10 @@ def asked(options: EvalOptions, words: Wording, rows: list[Row]) -> tuple[list[l
     return prompts, evaluating.HARNESS_STOPS
 
 
-def predict(
-    options: EvalOptions, who: Speaker, rows: list[Row], prompts: list[list[int]], stop: Sequence[str]
+def scored(
+    options: EvalOptions, rows: list[Row], answers: Iterator[tuple[int, generating.Completion]]
 ) -> list[dict[str, float]]:
-    """Generate and score every row; each prediction is written as soon as its batch is done."""
-    answers = generating.generate(
-        who.config, who.base, who.codec, prompts, who.adapters,
-        max_new_tokens=options.max_new_tokens, stop=stop, batch_size=options.batch_size,
-    )  # fmt: skip
+    """The scores of every row; each prediction is written as soon as its batch is done."""
     score, hits = evaluating.SCORES[options.score], [{} for _ in rows]
     with predictions(options) as write:
         for index, completion in tqdm(answers, total=len(rows), unit="row"):

@@ -20,7 +20,7 @@ def generate(options: GenerateOptions) -> str:
     prompt = prompt_ids(words.codec, words.format, options.question)
     who = speaker(options, words)
     ((_, completion),) = generating.generate(
-        who.config, who.base, who.codec, [prompt], who.adapters,
+        who.config, who.base, words.codec, [prompt], who.adapters,
         max_new_tokens=options.max_new_tokens, stop=TEMPLATES[words.format.template].stops,
     )  # fmt: skip
     print(completion.text)

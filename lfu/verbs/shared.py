@@ -48,10 +48,11 @@ def require_counts(options: Any, *names: str, least: int = 1) -> None:
 
 
 def require_place(out: str | Path) -> None:
-    """InputError where nothing could be written at `out`: something above it is a file, or may not be written in."""
-    above = next(folder for folder in Path(out).absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"{out} cannot be written: {above} is not a folder that may be written in.")
+    """InputError where nothing could be written at `out`, which is a folder to fill or does not exist yet."""
+    place = Path(out).absolute()
+    first = next(path for path in (place, *place.parents) if path.exists())
+    if not first.is_dir() or not os.access(first, os.W_OK | os.X_OK):
+        raise InputError(f"{out} cannot be written: {first} is not a folder that may be written in.")
 
 
 IDENTITIES = {
@@ -64,11 +65,13 @@ IDENTITIES = {
 
 def differences(names: Iterable[str], before: dict[str, Any], now: dict[str, Any]) -> str:
     """In words, which of these settings are no longer what they were; empty if all are."""
-    return "; ".join(
-        IDENTITIES.get(name) or f"{spelled(name)} was {before.get(name)!r} and is {now[name]!r}"
-        for name in names
-        if before.get(name) != now[name]
-    )
+
+    def difference(name: str) -> str:
+        if name not in before:
+            return f"its {spelled(name)} was not recorded"
+        return IDENTITIES.get(name) or f"{spelled(name)} was {before[name]!r} and is {now[name]!r}"
+
+    return "; ".join(difference(name) for name in names if before.get(name) != now[name])
 
 
 # --- what several verbs read ----------------------------------------------------------------------
@@ -123,7 +126,6 @@ class Speaker(NamedTuple):
     config: model.Config
     base: model.Params
     adapters: list[lora.Adapter]
-    codec: Codec
 
 
 def wording(options: SpeakerOptions) -> Wording:
@@ -141,7 +143,7 @@ def speaker(options: SpeakerOptions, words: Wording) -> Speaker:
     device, folder = choose_device(options.device), words.folder
     saved = [lora.load(Path(options.adapter), words.config, device=device)] if options.adapter else []
     config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)
-    return Speaker(config, base, [in_stream(adapter, base) for adapter in saved], words.codec)
+    return Speaker(config, base, [in_stream(adapter, base) for adapter in saved])
 
 
 def adapter_format(adapter: Path, folder: Path) -> Format:

@@ -151,7 +151,7 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
 
 
 class Plan(NamedTuple):
-    """A run whose options, data and method have been checked, before any weights are read."""
+    """A run whose options, data and method have been checked, before the model's weights are read."""
 
     folder: Path
     config: model.Config
@@ -327,18 +327,22 @@ def follow(
 def kept(
     run: Run, steps: Iterator[dict[str, float]], task: lora.Lora, optimizer: torch.optim.Optimizer, done: int
 ) -> Iterator[dict[str, float]]:
-    """The steps as they come. Where the next one cannot be made, a checkpoint of those before it is left behind.
+    """The steps as they come. Where memory or a process fails the next one, a checkpoint of those before is left.
 
     Such a step ends before its update, so all is as the last one left it, but for what a method carries from one
-    micro-batch to the next: a run with such a method keeps the checkpoint it has.
+    micro-batch to the next: a run with such a method keeps the checkpoint it has. So does one whose loss is not finite:
+    to be resumed from the step before would only meet the same loss.
     """
     try:
         for metrics in steps:
             done = metrics["step"]
             yield metrics
-    except (MemoryError, FloatingPointError, ConnectionError):
+    except (MemoryError, ConnectionError):
         if done > 0 and not run.state and not checkpoint_folder(run, done).exists():
-            save(run, task, optimizer, done)
+            try:
+                save(run, task, optimizer, done)
+            except OSError as error:
+                print(f"There is no checkpoint of step {done}: {error}", file=sys.stderr)
         raise
 
 
