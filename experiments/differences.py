@@ -30,7 +30,7 @@ from lfu.model import Config, Params, Steering, embed, forward, trunk, unembed
 from lfu.train import Settings, ascend, differentiate, sft_gradient
 
 SCALE, RANK, ROWS, MICRO_BATCH = fidelity.SCALE, fidelity.RANK, 16, 4
-PUBLISHED = {name: methods.PUBLISHED[f"released-{name}"] for name in ("lora", "reps")}  # α and λ alone
+PUBLISHED = {name: methods.PUBLISHED[f"lfu-{name}"] for name in ("lora", "reps")}
 DRAWS = 2000
 """How many pairs of batches the statement about their lengths rests on."""
 
