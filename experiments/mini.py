@@ -24,7 +24,7 @@ from lfu.baselines import ema, ensemble
 from lfu.bench import interleaved
 from lfu.data import Codec, Example, Format, Row
 from lfu.distill import Recipe, distilled
-from lfu.evaluate import WORDINGS, answer_nll, is_right, refusal_scores
+from lfu.evaluate import WORDINGS, answer_nll, harness_prompt, is_right, refusal_scores
 from lfu.generate import generate
 from lfu.lora import Adapter, Lora
 from lfu.loss import predicts
@@ -248,9 +248,7 @@ def prompt_scores(here: World, adapters: list[Adapter]) -> list[float]:
     rows = rows_of("math", "test")
     shares = []
     for wording in WORDINGS:
-        prompts = [
-            [*here.codec.bos, *data.token_ids(here.codec, wording.format(question=row.question))] for row in rows
-        ]
+        prompts = [harness_prompt(here.codec, row, [], wording=wording) for row in rows]
         hits = [is_right(text, row.answer) for text, row in zip(answers(here, adapters, prompts), rows)]
         shares.append(sum(hits) / len(hits))
     return shares

@@ -41,7 +41,7 @@ from lfu.data import (
     read_rows,
     token_ids,
 )
-from lfu.evaluate import WORDINGS, Estimate, accuracy, answer_nll, gsm8k_scores, per_token, sum_rows
+from lfu.evaluate import WORDINGS, Estimate, accuracy, answer_nll, gsm8k_scores, harness_prompt, per_token, sum_rows
 from lfu.generate import generate
 from lfu.lora import Adapter
 from lfu.lora import load as load_adapter
@@ -250,7 +250,7 @@ def prompt_scores(bench: Bench, adapters: list[Adapter]) -> dict[str, Estimate]:
 
 def asked(codec: Codec, wording: str, row: Row) -> Example:
     """BOS, the question in these words, a space and the answer, EOS."""
-    prompt = [*codec.bos, *token_ids(codec, wording.format(question=row.question))]
+    prompt = harness_prompt(codec, row, [], wording=wording)
     return Example([*prompt, *token_ids(codec, f" {row.answer}"), codec.eos], len(prompt), row.number)
 
 

@@ -197,15 +197,17 @@ WORDINGS = (
     "You are given the following:\n{question}\nAnswer:",
     "Here's the question: {question}\nAnswer:",
 )
-"""The five prompts of the paper's appendix C.4. Whether "Answer:" followed there is not stated: without it a model need
-not answer."""
+"""The five prompts of the paper's appendix C.4, the harness' own first. Whether "Answer:" followed there is not stated:
+without it a model need not answer."""
 HARNESS_STOPS = ("Question:", "</s>", "<|im_end|>")
 
 
-def harness_prompt(codec: Codec, row: Row, shots: Sequence[Row], *, bos: bool = True) -> list[int]:
+def harness_prompt(
+    codec: Codec, row: Row, shots: Sequence[Row], *, wording: str = WORDINGS[0], bos: bool = True
+) -> list[int]:
     """[BOS] and the harness' gsm8k prompt: worked examples, then the question, tokenised in one piece."""
     solved = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in shots)
-    return [*(codec.bos if bos else ()), *token_ids(codec, f"{solved}Question: {row.question}\nAnswer:")]
+    return [*(codec.bos if bos else ()), *token_ids(codec, solved + wording.format(question=row.question))]
 
 
 def draw_shots(pool: Sequence[Row], count: int, seed: int, row: Row) -> list[Row]:
