@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from lfu import checkpoint, cli, model
+from lfu.checkpoint import read_json
 from lfu.data import (
     TEMPLATES,
     Codec,
@@ -73,6 +74,7 @@ REGIMES = {
 PUBLISHED = ("sft", "lora", "lora500", "reps")
 BASELINES = ("neftune", "gem", "im", "rlora", "rreps")
 CANDIDATES = ("lora0.5", "lora50", "reps1", "reps10", "relative50", "relative500")
+SEEDS = (42, 43, 44)
 RUNS = [
     f"{regime}-{name}-{seed}"
     for seed, regimes, names in (
@@ -111,6 +113,17 @@ TOPICS = (
     "theatre",
     "migrating birds", "handwriting", "night trains",
 )  # fmt: skip
+
+
+COLUMNS = {  # of the table: head, factor, digits
+    "nll": ("test NLL", 1, 3),
+    "strict": ("strict %", 100, 1),
+    "flexible": ("flexible %", 100, 1),
+    "wikitext": ("WikiText-2 NLL", 1, 3),
+    "drift": ("drift", 1, 4),
+    "prompts": ("five prompts", 1, 3),
+    "held": ("held back", 1, 3),
+}
 
 
 class Bench(NamedTuple):
@@ -208,7 +221,7 @@ def base_answers(config: Config, base: Params, codec: Codec, out: Path) -> list[
     if not path.is_file():
         completions = dict(generate(config, base, codec, prompts, max_new_tokens=64, batch_size=50))
         checkpoint.write_json(path, {"answers": [completions[index].tokens for index in range(len(prompts))]})
-    answers = json.loads(path.read_text())["answers"]
+    answers = read_json(path)["answers"]
     rows = zip(prompts, answers, strict=True)
     return [Example([*prompt, *answer], len(prompt), i) for i, (prompt, answer) in enumerate(rows) if answer]
 
@@ -275,36 +288,43 @@ def row_divergences(bench: Bench, examples: Sequence[Example], adapters: list[Ad
 
 
 def table(out: Path) -> str:
-    """One row per scored run, and of SFT stopped in time; then the held-back rows, five wordings, and the way there."""
-    lines = ["| run | test NLL | strict % | flexible % | WikiText-2 NLL | drift |", "|---|---|---|---|---|---|"]
-    rows = saved(out, "scores") + [(f"{name} at step {STOPPED}", results) for name, results in saved(out, "stopped")]
-    lines += [f"| {name} | " + " | ".join(cells(results)) + " |" for name, results in rows]
-    if held := saved(out, "held"):
-        lines += ["", "| run | NLL of rows held back from training |", "|---|---|"]
-        lines += [f"| {name} | {in_cell(results['nll'], 1, 3)} |" for name, results in held]
-    if prompts := saved(out, "prompts"):
-        lines += ["", "| run | test NLL under five wordings | mean | deviation |", "|---|---|---|---|"]
-    for name, results in prompts:
-        means = [each["mean"] for each in results.values()]
-        spread = f"{statistics.mean(means):.3f} | {statistics.pstdev(means):.3f}"
-        lines.append(f"| {name} | {', '.join(f'{mean:.3f}' for mean in means)} | {spread} |")
-    return "\n".join(lines) + "\n\n" + curves(out)
+    """Per regime a row for each setting, over its seeds; then test NLL along the way of each run."""
+    return "\n\n".join([*(regime_table(out, regime) for regime in REGIMES), curves(out)])
 
 
-def saved(out: Path, measure: str) -> list[tuple[str, dict[str, dict[str, float]]]]:
-    """The runs of which this was measured, and what it was."""
-    paths = {name: out / name / f"{measure}.json" for name in ["base", *RUNS]}
-    return [(name, json.loads(path.read_text())) for name, path in paths.items() if path.is_file()]
+def regime_table(out: Path, regime: str) -> str:
+    """The base model, each setting, and SFT stopped in time."""
+    kinds = [(name, "scores", name) for name in SETTINGS] + [("sft", "stopped", f"sft, step {STOPPED}")]
+    rows = [row_of("base", [measured(out / "base", "scores")])]
+    for name, scored, label in kinds:
+        runs = [measured(out / f"{regime}-{name}-{seed}", scored) for seed in SEEDS]
+        if any(runs):
+            rows.append(row_of(label, [run for run in runs if run]))
+    heads = [regime, *(head for head, _, _ in COLUMNS.values()), "test NLL by seed"]
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows])
 
 
-def in_cell(value: dict[str, float], factor: float, digits: int) -> str:
-    return " ± ".join(f"{factor * value[part]:.{digits}f}" for part in ("mean", "error"))
+def measured(folder: Path, scored: str) -> dict[str, dict[str, float]]:
+    """What is known of a run, by column; nothing before it is scored. SFT stopped in time has its scores alone."""
+    scores, held, prompts = (folder / f"{name}.json" for name in (scored, "held", "prompts"))
+    results = read_json(scores) if scores.is_file() else {}
+    if results and scored == "scores" and held.is_file():
+        results["held"] = read_json(held)["nll"]
+    if results and scored == "scores" and prompts.is_file():
+        means = [each["mean"] for each in read_json(prompts).values()]
+        results["prompts"] = {"mean": statistics.mean(means), "error": statistics.pstdev(means)}
+    return results
 
 
-def cells(results: dict[str, dict[str, float]]) -> list[str]:
-    """Mean ± standard error, accuracies in percent."""
-    formats = {"nll": (1, 3), "strict": (100, 1), "flexible": (100, 1), "wikitext": (1, 3), "drift": (1, 4)}
-    return [in_cell(results[name], factor, digits) for name, (factor, digits) in formats.items()]
+def row_of(label: str, runs: list[dict[str, dict[str, float]]]) -> str:
+    """The means over the seeds, with the mean standard error: the items are the same for every seed."""
+    cells = [label]
+    for column, (_, factor, digits) in COLUMNS.items():
+        values = [run[column] for run in runs if column in run]
+        means = [factor * statistics.mean(value[part] for value in values) for part in ("mean", "error") if values]
+        cells.append(" ± ".join(f"{mean:.{digits}f}" for mean in means))
+    by_seed = ", ".join(f"{run['nll']['mean']:.3f}" for run in runs)
+    return f"| {' | '.join([*cells, by_seed])} |"
 
 
 def curves(out: Path) -> str:
@@ -312,7 +332,7 @@ def curves(out: Path) -> str:
     lines = []
     for name in RUNS:
         steps = sorted((out / name).glob("nll-step-*.json"), key=lambda path: int(path.stem.split("-")[-1]))
-        values = [f"{path.stem.split('-')[-1]}: {json.loads(path.read_text())['nll']['mean']:.3f}" for path in steps]
+        values = [f"{path.stem.split('-')[-1]}: {read_json(path)['nll']['mean']:.3f}" for path in steps]
         if values:
             lines.append(f"- {name}, test NLL after step {', '.join(values)}")
     return "\n".join(lines)
