@@ -411,9 +411,9 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], total: int) -> None:
 
 def fingerprint(folder: Path) -> str:
     """A checksum that tells one model folder from another without reading 16 GB: the configuration, the tokenizer, and
-    of each weight file its size and its first and last mebibyte."""
+    of each file that the weights are read from its size and its first and last mebibyte."""
     digest = hashlib.sha256((folder / "config.json").read_bytes() + (folder / "tokenizer.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(set(tensor_files(folder, "model").values())):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -7,8 +7,8 @@ exact, and generation later starts from the very same prompt tokens. An example 
 
 With `loss_on="instruction+answer"` the question inside the prompt carries loss too, and the template around it does not
 (Instruction Modelling). BOS stands where the tokenizer's own post-processor puts it (Llama, Mistral; not Qwen3), once.
-EOS ends the answer and nothing follows it; the published template also trained on two newlines behind EOS. Read next:
-`layouts.py`.
+EOS ends the answer and nothing follows it; the published template also trained on two newlines behind EOS. A tokenizer
+that puts a space before every text (Llama 2's) puts one before prompt and answer alike. Read next: `layouts.py`.
 """
 
 import json
@@ -303,7 +303,7 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def split_by_length(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """The examples of one optimizer step in micro-batches of similar length, so that little is padding."""
+    """Examples in batches of similar length, so that little is padding."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 

@@ -102,7 +102,7 @@ def same_integer(text: str, reference: str) -> bool:
 def last_integer(text: str) -> str:
     """The last number without its commas and spaces, if it is an integer, "18.00" being one.
 
-    White space between digits counts as a thousands separator: "10 20" is 1020, and "5\n6" stays as it is.
+    White space between digits counts as a thousands separator: "10 20" is 1020, and "5\\n6" stays as it is.
     """
     found = NUMBER.findall(text)
     whole, _, decimals = found[-1].replace(",", "").replace(" ", "").partition(".") if found else (NO_INTEGER, "", "")

@@ -3,7 +3,7 @@
 `gsm8k` scoring follows `lm_eval/tasks/gsm8k/gsm8k.yaml`, version 3: *strict* wants "#### n", *flexible* takes the last
 number; both compare strings, so "72.00" is not "72". Its prompt, zero- or few-shot, is `harness_prompt`; by default a
 model is asked in the template it was trained on. `f1` compares words (SQuAD, CoQA), `refusal` looks for the phrases of
-a refusal. What needs no generated answer is in the next file. Read next: `likelihood.py`.
+a refusal. The likelihood of answers is at the end; what is scored by it, in the next file. Read next: `likelihood.py`.
 """
 
 import math
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from lfu import InputError
-from lfu.data import Codec, Example, Row, collate, read_rows, token_ids
+from lfu.data import Codec, Example, Row, collate, read_rows, split_by_length, token_ids
 from lfu.layouts import Layout, columns
 from lfu.lora import Adapter
 from lfu.loss import predicts, targets
-from lfu.model import Config, Params, trunk, unembed
-from lfu.model import embed as embed_tokens
+from lfu.model import Config, Params, embed, trunk, unembed
 
 
 class Estimate(NamedTuple):
@@ -157,7 +156,8 @@ def read_questions(
 ) -> list[Row]:
     """The rows of a JSONL file for one of SCORES. InputError names the line that cannot be used, and why.
 
-    The answer column is a text, for `f1` also a list of texts; `refusal` needs none.
+    WITH_REFERENCES are read by `layout`, the others by the names of the two columns: the answer is then a text, or a
+    list of texts for `f1`, and `refusal` needs none.
     """
     if score in WITH_REFERENCES:
         return read_rows(path, layout)
@@ -248,9 +248,9 @@ def per_token(
     examples: Sequence[Example], measure: Callable[[Sequence[Example]], list[float]], batch_size: int
 ) -> Estimate:
     """What `measure` finds for each row of a batch, summed, over all labelled tokens; rows come sorted by length."""
-    ordered = sorted(examples, key=lambda example: len(example.tokens))
-    batches = (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
-    return ratio([found for batch in batches for found in measure(batch)], [each.supervised for each in ordered])
+    batches = split_by_length(examples, batch_size)
+    counts = [each.supervised for batch in batches for each in batch]
+    return ratio([found for batch in batches for found in measure(batch)], counts)
 
 
 def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
@@ -278,7 +278,7 @@ def row_likelihoods(
     """The likelihood of each row's labelled tokens, in the stream dtype; logits only where they are needed."""
     batch = collate(examples, params.embed.device)
     mask = predicts(batch.labels)
-    hidden = trunk(config, params, embed_tokens(params, batch.tokens), adapters)[-1][mask]  # [n,D]
+    hidden = trunk(config, params, embed(params, batch.tokens), adapters)[-1][mask]  # [n,D]
     logprobs, misses = [], []
     for h, wanted in zip(hidden.split(POSITIONS), targets(batch.labels).split(POSITIONS)):
         log_p = unembed(config, params, h).log_softmax(-1)  # [.,V]

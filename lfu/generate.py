@@ -2,8 +2,8 @@
 
 Each prompt goes once through the decoder to fill the cache, a few prompts of similar length at a time; then all go on
 together, token by token. Rows of a batch may differ in length and end at different times: finished rows leave the
-batch as soon as half of it is finished. A row's result does not depend on what it is batched with, be it drawn or not.
-Read next: `distill.py`.
+batch as soon as half of it is finished. A row's result, be it drawn or not, depends on what it is batched with only by
+the rounding of the products. Read next: `distill.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,9 +116,9 @@ def prefill(
 
 def ended(codec: Codec, tokens: list[int], stop: Sequence[str]) -> bool:
     """Whether a row has reached an EOS id or a stop string."""
-    if not tokens or tokens[-1] in codec.stops or not stop:
-        return bool(tokens) and tokens[-1] in codec.stops
-    text = codec.tokenizer.decode(tokens)
+    if tokens and tokens[-1] in codec.stops:
+        return True
+    text = codec.tokenizer.decode(tokens) if stop else ""
     return any(string in text for string in stop)
 
 

@@ -31,7 +31,8 @@ class LowRank(NamedTuple):
 
 
 Lora = list[dict[str, LowRank]]
-"""One dict per block; keys are `Layer` fields, an absent key is a layer without adapter."""
+"""One dict per block; keys are `Layer` fields, an absent key is a layer without adapter. A task's blocks have the same
+keys and rank, as `init` and `load` make them."""
 Adapter = tuple[Lora, float]
 """A Lora and its scale."""
 

@@ -2,8 +2,8 @@
 
 Both are means over the same positions: those whose next token carries a label. Eqs. 1 and 5 print a mean over the T
 tokens of each example and then over examples; here, as in the published runs, it is one mean over all n tokens of the
-batch, so a long answer weighs more than a short one. Errors are InputError, which is a ValueError. Read next:
-`train.py`.
+batch, so a long answer weighs more than a short one. (T in shapes is the padded length of a row.)
+Errors are InputError, which is a ValueError. Read next: `train.py`.
 """
 
 from collections.abc import Collection

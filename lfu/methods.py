@@ -2,9 +2,10 @@
 
 Every method has the signature (config, base, task, batch, generator) -> (gradient, metrics); its hyper-parameters are
 keyword arguments, bound with `functools.partial`. A new method is a new function here, its name in METHODS, and in
-PUBLISHED those of alpha, lam, beta, layers and norm that it takes; all but the released ones are also given `scale`,
-`remat` and, where they are to be compiled, `differentiate`. A hyper-parameter of another name is an argument of `bind`
-and an option of `lfu train` more. Read next: `data.py`; `baselines.py`, an aside, is what LfU is compared with.
+PUBLISHED those of alpha, lam, beta, layers and norm that it takes. All are given `scale`; all but the released ones
+also `remat` and, where they are to be compiled, `differentiate`. A hyper-parameter of another name also needs an
+argument of `bind` and an option of `lfu train`. Read next: `data.py`; `baselines.py`, an aside, is what LfU is compared
+with.
 """
 
 import math

@@ -155,7 +155,8 @@ def trunk(
     attend = causal_attention(config, x.shape[1], x.device)
     hidden = []
     for index, layer in enumerate(params.layers):
-        # Seen through a view, a block sums its own cotangents before h_l's others come in: so `remat` is bit-equal.
+        # The loss uses h_l beside the next block. Through a view, what flows back from the block is summed first, as in
+        # `memory.rematerialised`: so recomputing changes no bit.
         x = block(config, layer, x.view_as(x), rotary, adapted(layer, index, adapters, product), attend)
         if steering is not None:
             x = x + steering.mask[..., None] * steering.vectors[index]
@@ -322,6 +323,7 @@ def decode(
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys[rows, :, positions] = k.transpose(1, 2)
             values[rows, :, positions] = v.transpose(1, 2)
+            # Grouped, not expanded as above: that would copy the whole cache for every token.
             return F.scaled_dot_product_attention(
                 q, keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=True
             )

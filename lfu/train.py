@@ -4,7 +4,8 @@
 compute the same thing there: one forward and one backward pass yield both the gradient of the SFT loss, Eq. 1, and the
 ascent direction of Eq. 2. One more of each yields the gradient of the consistency loss, Eqs. 3 to 5. Eq. 6 adds them.
 
-Gradients are values: `torch.func` returns them as trees of the same shape as what they belong to.
+Gradients are values: `torch.func` returns them as trees of the same shape as what they belong to. A `Batch` is tokens
+and labels [B,T], -100 where there is no loss; an `Example` is one row of it before padding (both: `data.py`).
 
 Read next: `methods.py`; `memory.py` is for when a step does not fit.
 """
@@ -224,6 +225,8 @@ def train(
     the run that was never interrupted. FloatingPointError, before the update, if a loss or gradient is not finite.
     """
     require_usable(settings)
+    if not examples:
+        raise InputError("There are no rows to train on.")
     steps = total_steps(len(examples), settings)
     for step in range(first, steps):
         epoch, rows = rows_of_step(len(examples), settings, step)
@@ -250,9 +253,9 @@ def step_gradient(
     """
     device, total = base.embed.device, sum(example.supervised for example in examples)
     gradient, metrics = tree_map(torch.zeros_like, task), {}
-    rank, processes = place()
+    number, processes = process()
     for index, micro_batch in enumerate(split_by_length(examples, settings.micro_batch_size)):
-        if index % processes != rank:
+        if index % processes != number:
             continue
         generator = generator_for(settings, step, index, device)
         with told_where(step, micro_batch):
@@ -284,7 +287,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def place() -> tuple[int, int]:
+def process() -> tuple[int, int]:
     """The number of this process and how many train together: (0, 1) unless `torch.distributed` says otherwise."""
     together = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
@@ -294,7 +297,7 @@ def summed(gradient: Lora, metrics: dict[str, float]) -> tuple[Lora, dict[str, f
     """Both added up over all processes; ConnectionError if one of them is gone."""
     leaves, structure = tree_flatten(gradient)
     whole = torch.cat([leaf.flatten() for leaf in leaves])
-    all_metrics: list[dict[str, float]] = [{} for _ in range(place()[1])]
+    all_metrics: list[dict[str, float]] = [{} for _ in range(process()[1])]
     try:
         distributed.all_reduce(whole)
         distributed.all_gather_object(all_metrics, metrics)
@@ -348,7 +351,8 @@ def clip(gradient: Lora, norm: float, limit: float) -> Lora:
 
 
 def apply(optimizer: torch.optim.Optimizer, task: Lora, gradient: Lora, rate: float) -> None:
-    """One optimizer step with this gradient and learning rate."""
+    """One optimizer step with this gradient and learning rate: the last line of Algorithms 1 and 2, which print plain
+    descent where AdamW is what was run."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     for parameter, value in zip(tree_leaves(task), tree_leaves(gradient), strict=True):

@@ -661,6 +661,14 @@ def test_an_adapter_of_other_weights_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_files_that_are_not_read_do_not_make_another_model(tmp_path: Path) -> None:
+    """Whole clones of some models hold the weights twice; a download by their name brings them once."""
+    clone = tmp_path / "clone"
+    shutil.copytree(MINI, clone, ignore=shutil.ignore_patterns("*.jsonl"))
+    shutil.copy(clone / "model.safetensors", clone / "consolidated.safetensors")
+    assert checkpoint.fingerprint(clone) == checkpoint.fingerprint(MINI)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -515,3 +515,9 @@ def test_settings_that_no_run_can_have_are_refused(changed: dict[str, Any], mess
     require_usable(Settings())
     with pytest.raises(ValueError, match=message):
         require_usable(Settings(**changed))
+
+
+def test_there_must_be_rows_to_train_on() -> None:
+    task = new_task()
+    with pytest.raises(ValueError, match="no rows to train on"):
+        next(train(CONFIG, base(), task, adamw(task, Settings()), [], noise, Settings()))

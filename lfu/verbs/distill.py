@@ -1,4 +1,4 @@
-"""`lfu distill`: a data set with its answers in the model's own words. Read next: `bench.py`."""
+"""`lfu distill`: a data set with its answers in the model's own words. Read next: `verbs/bench.py`."""
 
 import json
 import math

@@ -1,7 +1,7 @@
 """What the verbs share: options that are also command-line options, and a model that can be asked.
 
 An options object is a frozen dataclass; each field says, through `option`, how it is typed and explained on the command
-line (`lfu/cli.py`). Read next: `train.py`.
+line (`lfu/cli.py`). Read next: `verbs/train.py`.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Everything is checked before work starts (options, data, tokenizer, then weights), and nothing computed is lost: a run's
 folder holds its resolved settings, a log line per step, and checkpoints from which `--resume` continues exactly. Read
-next: `evaluate.py`.
+next: `verbs/evaluate.py`.
 """
 
 import json
@@ -117,7 +117,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        with nullcontext() if training.place()[0] == 0 else redirect_stdout(StringIO()):
+        with nullcontext() if training.process()[0] == 0 else redirect_stdout(StringIO()):
             yield device
         with suppress(RuntimeError):  # a process lost behind its last step is no loss
             distributed.barrier()  # none leaves while another still needs it
@@ -127,23 +127,23 @@ def joined(device: torch.device) -> Iterator[torch.device]:
 
 def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     """One run on one device, alone or as one of several processes."""
-    plan, out, (rank, processes) = planned(options, device), Path(options.out), training.place()
+    plan, out, (number, processes) = planned(options, device), Path(options.out), training.process()
     if processes > 1 and methods.is_stateful(plan.method):
         raise InputError(f"The method {options.method} goes through the micro-batches in turn: train in one process.")
-    if rank == 0:
+    if number == 0:
         require_own(out, plan.settings, options.resume)
     config, base = model.load(plan.folder, dtype=plan.dtype, device=device)
     task = tree_map(partial(Tensor.to, device=device, dtype=model.stream_dtype(base), copy=True), plan.start)
-    average = tree_map(Tensor.clone, task) if options.ema is not None and rank == 0 else None
+    average = tree_map(Tensor.clone, task) if options.ema is not None and number == 0 else None
     foretell(plan, base, task)
-    if rank == 0 and not options.resume:
+    if number == 0 and not options.resume:
         checkpoint.write_json(out / "settings.json", plan.settings)
     optimizer = training.adamw(task, plan.schedule)
     save_every = options.save_every or training.steps_per_epoch(len(plan.examples), plan.schedule)
     run = Run(out, plan.settings, save_every, options.keep, methods.state_of(plan.method), average)
     first = restore(run, config, task, optimizer)
     steps = training.train(config, base, task, optimizer, plan.examples, plan.method, plan.schedule, first)
-    if rank == 0:
+    if number == 0:
         follow(run, steps, task, optimizer, first, training.total_steps(len(plan.examples), plan.schedule))
     else:
         deque(steps, maxlen=0)

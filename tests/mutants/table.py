@@ -816,8 +816,8 @@ GENERATION = [
         "generate.ended",
         (
             "only the first EOS id ends",
-            "return bool(tokens) and tokens[-1] in codec.stops",
-            "return bool(tokens) and tokens[-1] == codec.eos",
+            "tokens[-1] in codec.stops",
+            "tokens[-1] == codec.eos",
             checks.EOS,
         ),
         ("a stop string only at the end of the text", "string in text", "text.endswith(string)", checks.MIDDLE),
