@@ -1,10 +1,15 @@
-"""Shared by all tests: one thread, and one transformers model of each kind, written to disk once."""
+"""Shared by all tests: the CPU and one thread of it, and one transformers model of each kind, written to disk once."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+# What is expected here, dtypes and bits, is expected of a CPU. Processes that tests start see no other device either.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 from tiny import KINDS, save_reference
 

@@ -13,7 +13,7 @@ from test_cli import MINI, lfu, sums, write_rows
 from tiny import refusal
 from torch import Tensor
 
-from lfu import checkpoint
+from lfu import checkpoint, lora
 from lfu.model import load
 
 ROUNDED = 1e-6
@@ -96,15 +96,15 @@ def test_a_damaged_average_is_refused(
     assert refusal(capsys).startswith(f"{damaged} is damaged")
 
 
-def test_merge_with_a_weight_lies_between(run: Path, tmp_path: Path) -> None:
-    whole, half, none = (tmp_path / str(weight) for weight in (1.0, 0.5, 0.0))
-    for folder in (whole, half, none):
-        assert lfu("merge", model=MINI, adapter=run / "adapter", out=folder, weight=float(folder.name)) == 0
-    base, tuned, middle, still = (load(folder)[1].layers[0].down_proj for folder in (MINI, whole, half, none))
-    assert torch.equal(still, base)
-    assert not torch.equal(tuned, base)
-    # All four are rounded to bfloat16, whose numbers up to 1 are at most 2⁻⁸ apart.
-    assert gap(middle, (base + tuned) / 2) < 2**-8
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_merge_with_a_weight_adds_that_share_of_the_update(run: Path, tmp_path: Path, weight: float) -> None:
+    assert lfu("merge", model=MINI, adapter=run / "adapter", out=tmp_path / "merged", weight=weight) == 0
+    config, base = load(MINI)
+    pairs, scale = lora.load(run / "adapter", config)
+    W, (A, B) = base.layers[0].down_proj, pairs[0]["down_proj"]
+    expected = (W + weight * scale * B @ A).bfloat16()
+    assert torch.equal(load(tmp_path / "merged", dtype=torch.bfloat16)[1].layers[0].down_proj, expected)
+    assert torch.equal(expected, W.bfloat16()) == (weight == 0)
 
 
 @pytest.mark.parametrize(

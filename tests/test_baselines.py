@@ -120,6 +120,20 @@ def test_a_method_of_ones_own_is_two_entries(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(gradient("halved", case(), beta=2.0), 2.0 * part("sft", case(), "lora"))
 
 
+def test_the_defaults_are_the_published_ones() -> None:
+    """NEFTune's noise and GEM's temperature by their authors' scripts; SAM and the penalties by the paper's Table 6."""
+    published = [name for name in BASELINES if name != "anchored"]
+    assert {name: bind(name, case().config, scale=SCALE)[1] for name in published} == {
+        "neftune": {"alpha": 5.0},
+        "gem-linear": {"beta": 0.7},
+        "gem-logsigmoid": {"beta": 0.7},
+        "sam": {"alpha": 0.01},
+        "l1": {"lam": 0.01, "norm": "mean"},
+        "l2": {"lam": 0.01, "norm": "mean"},
+        "logit-consistency": {"alpha": 0.1, "lam": 1.0},
+    }
+
+
 # --- NEFTune --------------------------------------------------------------------------------------
 
 
@@ -464,7 +478,7 @@ def test_what_a_method_cannot_use_is_refused(name: str, given: dict[str, Any], m
         gradient(name, case(), **given)
 
 
-def test_the_mask_of_a_penalty_is_the_answers() -> None:
+def test_a_penalty_reads_no_states_but_the_masked_ones() -> None:
     given = case()
     hidden = forward(given.config, given.base, given.batch.tokens)[1]
     mask = predicts(given.batch.labels)

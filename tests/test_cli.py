@@ -7,13 +7,12 @@ half written.
 import errno
 import json
 import math
-import os
 import re
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
 from inspect import Parameter, signature
@@ -25,27 +24,30 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import LENGTH, random_lora, random_tokens, refusal, tiny_config
+from tiny import LENGTH, environment, random_lora, random_tokens, refusal, tiny_config
 from torch import Tensor
 
 from lfu import __version__, checkpoint, cli, lora, methods
 from lfu import generate as generating
 from lfu.cli import DistillOptions, EvalOptions, GenerateOptions, MergeOptions, TrainOptions, main, parser
-from lfu.data import Format, load_codec, prompt_ids, read_rows
+from lfu.data import Format, encode_row, load_codec, prompt_ids, read_rows
 from lfu.distill import distilled
-from lfu.evaluate import draw_shots, harness_prompt
+from lfu.evaluate import answer_nll, draw_shots, harness_prompt
 from lfu.memory import peak
 from lfu.model import forward, load, read_config
 from lfu.train import Settings, sft_gradient
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
 QUESTION = "Compute 7+5."
+STOPS = {"alpaca": ("### Instruction:",), "question": ("Question:",), "plain": ()}
+"""Where each template's answers end."""
 REQUIRED: dict[str, dict[str, str]] = {
     "train": {"model": "M", "data": "D", "out": "O"},
     "eval": {"model": "M", "data": "D"},
     "generate": {"model": "M", "question": "Q"},
     "merge": {"model": "M", "adapter": "A", "out": "O"},
     "distill": {"model": "M", "data": "D", "out": "O"},
+    "bench": {"model": "M"},
 }
 
 
@@ -101,6 +103,10 @@ def adapter(run: Path) -> Path:
 
 
 # --- the command line -----------------------------------------------------------------------------
+
+
+def test_no_verb_is_left_out_here() -> None:
+    assert REQUIRED.keys() == cli.VERBS.keys()
 
 
 def subcommands() -> dict[str, Any]:
@@ -192,10 +198,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def command(*typed: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "lfu.cli", *typed],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, env=environment(),
     )  # fmt: skip
 
 
@@ -440,16 +445,17 @@ def test_predictions_are_written_with_their_scores(
     assert f"nll: {results['nll'].mean:.4f} ± {results['nll'].error:.4f} nats per answer token" in shown
 
 
-def prompts_asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """What generation is given from now on."""
-    asked, generate = [], generating.generate
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[int]], list[Sequence[str]]]:
+    """The prompts that generation is given from now on, and at each call the strings that it is to stop at."""
+    prompts, stops, generate = [], [], generating.generate
 
-    def noting(config: Any, base: Any, codec: Any, prompts: list[list[int]], *rest: Any, **options: Any) -> Any:
-        asked.extend(prompts)
-        return generate(config, base, codec, prompts, *rest, **options)
+    def noting(config: Any, base: Any, codec: Any, asked: list[list[int]], *rest: Any, **options: Any) -> Any:
+        prompts.extend(asked)
+        stops.append(options["stop"])
+        return generate(config, base, codec, asked, *rest, **options)
 
     monkeypatch.setattr(generating, "generate", noting)
-    return asked
+    return prompts, stops
 
 
 @pytest.mark.parametrize(
@@ -464,7 +470,7 @@ def prompts_asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 def test_the_prompt_is_the_adapters_own_unless_given(
     adapter: Path, tmp_path: Path, given: dict[str, Any], format: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = prompts_asked(monkeypatch)
+    asked, stops = asked_for(monkeypatch)
     data = write_rows(tmp_path / "test.jsonl", sums(3))
     own = {"model": str(MINI), "adapter": str(adapter), "max_new_tokens": 2, **given}
     codec = load_codec(MINI, 1024)
@@ -472,23 +478,25 @@ def test_the_prompt_is_the_adapters_own_unless_given(
     assert asked == [prompt_ids(codec, format, QUESTION)]
     cli.evaluate(EvalOptions(**own, data=str(data), nll=False))
     assert asked[1:] == [prompt_ids(codec, format, row["question"]) for row in sums(3)]
-    told = {"template": format.template, "bos": format.bos}
-    stored, explicit = (
-        cli.evaluate(EvalOptions(**own | options, data=str(data), generate=False)) for options in ({}, told)
-    )
-    assert stored == explicit
+    assert stops == [STOPS[format.template]] * 2
+    config, base = load(MINI)
+    examples = [encode_row(codec, format, row) for row in read_rows(data)]
+    expected = answer_nll(config, base, examples, [lora.load(adapter, config)])
+    found = cli.evaluate(EvalOptions(**own, data=str(data), generate=False))["nll"]
+    assert (found.mean, found.n) == (pytest.approx(expected.mean, rel=1e-6), expected.n)
 
 
 def test_the_harness_prompt_with_worked_examples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = prompts_asked(monkeypatch)
+    asked, stops = asked_for(monkeypatch)
     data = write_rows(tmp_path / "test.jsonl", sums(3))
     pool = write_rows(tmp_path / "train.jsonl", sums(6))
     given = {"data": data, "prompt": "harness", "shots": 2, "shots_data": pool, "seed": 7, "max_new_tokens": 2}
     assert lfu("eval", model=MINI, nll=False, **given) == 0
     codec, shots = load_codec(MINI, 1024), read_rows(pool)
     assert asked == [harness_prompt(codec, row, draw_shots(shots, 2, 7, row)) for row in read_rows(data)]
+    assert stops == [("Question:", "</s>", "<|im_end|>")]
     assert "(n = 3; harness prompt, 2-shot, greedy, at most 2 new tokens)" in capsys.readouterr().out
 
 
@@ -661,6 +669,16 @@ def test_an_adapter_of_other_weights_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["template", "bos", "model_fingerprint"])
+def test_an_adapter_that_does_not_know_its_training_is_refused(
+    name: str, adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(adapter, tmp_path / "adapter") / "lfu_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+    assert lfu("eval", model=MINI, adapter=path.parent, data=data) == 2
+    assert refusal(capsys) == f"{path} must name the template, the bos and the model_fingerprint of the training."
+
+
 def test_files_that_are_not_read_do_not_make_another_model(tmp_path: Path) -> None:
     """Whole clones of some models hold the weights twice; a download by their name brings them once."""
     clone = tmp_path / "clone"
@@ -674,6 +692,7 @@ def test_files_that_are_not_read_do_not_make_another_model(tmp_path: Path) -> No
     [
         ({"nll": False, "generate": False}, "--no-generate and --no-nll together leave nothing to do"),
         ({"generate": False, "out": "p.jsonl"}, "--out is for predictions; with --no-generate there are none"),
+        ({"prompt": "harness", "generate": False}, "--prompt harness is for generated answers; with --no-generate"),
         ({"shots": 2}, "Worked examples belong to the harness prompt"),
         ({"shots": 2, "prompt": "harness"}, "Worked examples need a file to be drawn from"),
     ],

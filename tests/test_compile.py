@@ -4,14 +4,20 @@ The backend here is `aot_eager`: it traces as the real one does, forward and bac
 which C++ is generated.
 """
 
+import json
+import re
+import shutil
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compare import distance
 from gradients.cases import AUXILIARIES, SETTINGS, case, fresh
+from safetensors.torch import load_file, save_file
+from test_cli import MINI, lfu, sums, write_rows
 from tiny import random_tokens
 
 from lfu.data import Batch, Example, collate
@@ -21,7 +27,7 @@ from lfu.train import compiled, lfu_gradient, sft_gradient
 CLOSE = 1e-12
 """Relative error in float64. Measured: at most 4e-15."""
 SHAPES = ((5, 10, 4), (2, 17, 1), (4, 12, 9))
-"""Rows, length and prompt length. A row alone, or as many rows as blocks at first, would be a graph of its own."""
+"""Rows, length and prompt length. A row alone would be a graph of its own."""
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +75,18 @@ def test_the_baselines_are_one_graph_too(name: str) -> None:
         for traced in (False, True)
     ]
     assert distance(results[1][0], results[0][0]) < CLOSE
+
+
+def test_a_run_that_is_compiled_trains_the_same_adapter(tmp_path: Path) -> None:
+    """Of one block, for time; the last micro-batch is a row alone."""
+    folder = shutil.copytree(MINI, tmp_path / "model", ignore=shutil.ignore_patterns("*.jsonl"))
+    settings, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+    first = {name: tensor for name, tensor in tensors.items() if not re.search(r"layers\.[1-9]", name)}
+    save_file(first, folder / "model.safetensors")
+    rows, adapters = write_rows(tmp_path / "rows.jsonl", sums(5)), []
+    common = {"model": folder, "data": rows, "method": "sft", "dtype": "float64", "epochs": 1, "warmup": 0.0}
+    for name, options in {"plain": {}, "traced": {"compile": True}}.items():
+        assert lfu("train", out=tmp_path / name, **common, **options) == 0
+        adapters.append(list(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors").values()))
+    assert distance(*adapters) < 1e-10

@@ -223,7 +223,16 @@ def test_a_run_that_was_cut_off_continues_to_the_same_file(kept: int, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "changed", [{"recipe": "gsm8k"}, {"seed": 9}, {"temperature": 0.5}, {"max_new_tokens": 8}, {"dtype": "bfloat16"}]
+    "changed",
+    [
+        {"recipe": "gsm8k"},
+        {"seed": 9},
+        {"temperature": 0.5},
+        {"top_p": 0.5},
+        {"top_k": 5},
+        {"max_new_tokens": 8},
+        {"dtype": "bfloat16"},
+    ],
 )
 def test_a_file_is_not_continued_with_other_options(changed: dict[str, Any], tmp_path: Path) -> None:
     data, out = rows_of_mini(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl"

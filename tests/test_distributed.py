@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from compare import distance
 from safetensors.torch import load_file
+from tiny import environment
 
 from lfu import checkpoint
 
@@ -40,8 +41,8 @@ def command(processes: int, out: Path, data: Path, *flags: str, **options: Any) 
 
 
 def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*arguments, **options), capture_output=True, text=True, env=environment, timeout=300)
+    typed = command(*arguments, **options)
+    return subprocess.run(typed, capture_output=True, text=True, env=environment(), timeout=300)
 
 
 def log(out: Path) -> list[dict[str, float]]:
@@ -59,10 +60,9 @@ def test_two_processes_train_what_one_trains(data: Path, tmp_path: Path) -> None
     assert distance(weights(two), weights(one)) < CLOSE
     assert together.stdout.count("rows left out") == 1  # only the first process speaks
     for mine, expected in zip(log(two), log(one), strict=True):
-        for name in ("step", "tokens"):
-            assert mine[name] == expected[name]
-        for name in ("sft", "consistency", "gradient_norm"):
-            assert mine[name] == pytest.approx(expected[name], rel=1e-4)
+        assert mine.keys() == expected.keys()
+        for name in mine.keys() - {"seconds", "tokens_per_second"}:
+            assert mine[name] == pytest.approx(expected[name], rel=1e-11)
 
 
 def test_more_processes_than_micro_batches(data: Path, tmp_path: Path) -> None:
@@ -75,9 +75,8 @@ def test_more_processes_than_micro_batches(data: Path, tmp_path: Path) -> None:
 def test_a_lost_process_stops_the_run_and_one_process_can_go_on(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = {"epochs": 200, "save_every": 1}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole = subprocess.Popen(
-        command(2, out, data, **options), stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command(2, out, data, **options), stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )
     try:
         wait_for(lambda: len(checkpoint.checkpoints(out)) > 0 and len(log(out)) > 2)
@@ -93,7 +92,7 @@ def test_a_lost_process_stops_the_run_and_one_process_can_go_on(data: Path, tmp_
     steps = int(last.name.removeprefix("step-"))
     assert steps >= 2
     stopped = subprocess.Popen(
-        command(1, out, data, "--resume", **options), stdout=subprocess.PIPE, text=True, env=environment
+        command(1, out, data, "--resume", **options), stdout=subprocess.PIPE, text=True, env=environment()
     )
     try:
         wait_for(lambda: len(log(out)) > steps + 2)

@@ -5,8 +5,10 @@ import math
 import random
 import re
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,14 +177,14 @@ def test_of_several_golds_each_is_left_out_once() -> None:
     assert f1_scores("red", ["red", "red"]) == {"em": 1, "f1": 1}
 
 
+def squad_words(text: str) -> list[str]:
+    text = "".join(letter for letter in text.lower() if letter not in set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()).split(" ")
+
+
 def squad_f1(prediction: str, gold: str) -> float:
     """As SQuAD 1.1 computes it, step by step."""
-
-    def tokens(text: str) -> list[str]:
-        text = "".join(letter for letter in text.lower() if letter not in set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"))
-        return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()).split(" ")
-
-    found, wanted = tokens(prediction), tokens(gold)
+    found, wanted = squad_words(prediction), squad_words(gold)
     common = 0
     for token in set(found):
         common += min(found.count(token), wanted.count(token))
@@ -200,6 +202,27 @@ def test_f1_is_that_of_squad_on_any_text() -> None:
     # Measured: 1e-16.
     assert max(abs(ours - theirs) for ours, theirs in compared) < 1e-15
     assert len({round(theirs, 3) for _, theirs in compared}) > 8
+
+
+def test_golds_are_compared_as_the_harness_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own CoQA, with SQuAD's two scores of this file in place of the module that transformers no longer has."""
+    squad = SimpleNamespace(
+        compute_f1=lambda gold, prediction: squad_f1(prediction, gold),
+        compute_exact=lambda gold, prediction: squad_words(gold) == squad_words(prediction),
+    )
+    data = pytest.importorskip("transformers.data")
+    monkeypatch.setattr(data, "metrics", SimpleNamespace(squad_metrics=squad), raising=False)
+    monkeypatch.setitem(sys.modules, "transformers.data.metrics.squad_metrics", squad)
+    theirs = pytest.importorskip("lm_eval.tasks.coqa.utils").process_results
+    draw = random.Random(1)
+    pieces = ["a ", "the ", "cat ", "cats ", "Dog ", "7 ", "\n"]
+    for _ in range(1000):
+        texts = ["".join(draw.choices(pieces, k=draw.randrange(1, 6))) for _ in range(draw.randrange(2, 6))]
+        prediction, *golds = texts
+        golds = list({gold.lower(): gold for gold in reversed(golds)}.values())[::-1]  # as the harness lists them
+        others = {str(n): {"input_text": [gold]} for n, gold in enumerate(golds[1:])}
+        doc = {"questions": {"input_text": ["?"]}, "answers": {"input_text": golds[:1]}, "additional_answers": others}
+        assert f1_scores(prediction, golds) == pytest.approx(theirs(doc, [prediction])), (prediction, golds)
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import random_lora, reference_model, tiny_config
 from torch import Tensor
@@ -74,6 +75,29 @@ def test_hub_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "snapshot_download", no)
     with refused("no folder some/model, and the hub did not give it: offline.*HF_TOKEN"):
         load("some/model")
+
+
+HUB = {
+    "config.json", "generation_config.json", "model-00001-of-00004.safetensors", "model.safetensors.index.json",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+"""Of what meta-llama/Llama-3.1-8B and mistralai/Mistral-7B-v0.3 hold, that which is read, or that merging hands on."""
+ELSEWHERE = {
+    ".gitattributes", "LICENSE", "README.md", "consolidated.safetensors", "original/consolidated.00.pth",
+    "original/tokenizer.model", "pytorch_model-00001-of-00002.bin",
+}  # fmt: skip
+
+
+def test_of_a_hub_id_only_what_is_needed_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, **patterns: Any) -> str:
+        asked.append((name, set(filter_repo_objects(HUB | ELSEWHERE, **patterns))))
+        return str(folder)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    assert checkpoint.local_folder("meta-llama/Llama-3.1-8B") == folder
+    assert asked == [("meta-llama/Llama-3.1-8B", HUB)]
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------

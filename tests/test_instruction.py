@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import prompts_asked, sums, write_rows
+from test_cli import asked_for, sums, write_rows
 from test_data import codec_with, text, tokenizer
 
 from lfu import cli, data, methods
@@ -210,6 +210,9 @@ def test_every_method_trains_with_it(
     steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert sum(step["tokens"] for step in steps) == sum(len(example.tokens) for example in expected)
     assert f"8 rows, {sum(example.supervised for example in expected)} tokens with loss" in capsys.readouterr().out
+    batch, (config, base) = collate(expected), load(merging)
+    first = sft_loss(forward(config, base, batch.tokens)[0], batch.labels)  # B = 0
+    assert steps[0]["sft"] == pytest.approx(float(first), rel=1e-2 if method == "neftune" else 1e-6)
 
 
 def test_eval_and_generate_ask_with_the_tokens_of_training(
@@ -223,7 +226,7 @@ def test_eval_and_generate_ask_with_the_tokens_of_training(
     expected = [prompt_ids(codec, both("question"), question) for question in questions]
     assert expected != [prompt_ids(codec, Format("question"), question) for question in questions]
 
-    asked = prompts_asked(monkeypatch)
+    asked, _ = asked_for(monkeypatch)
     results = cli.evaluate(EvalOptions(**common, adapter=str(adapter), max_new_tokens=2))
     assert asked == expected
     cli.generate(GenerateOptions(model=str(merging), adapter=str(adapter), question=questions[0], max_new_tokens=2))
@@ -241,7 +244,7 @@ def test_an_adapter_from_before_asks_as_it_did(merging: Path, tmp_path: Path, mo
     settings = json.loads((adapter / "lfu_config.json").read_text())
     assert settings.pop("loss_on") == "answer"
     (adapter / "lfu_config.json").write_text(json.dumps(settings))
-    asked = prompts_asked(monkeypatch)
+    asked, _ = asked_for(monkeypatch)
     cli.evaluate(EvalOptions(**common, adapter=str(adapter), max_new_tokens=2, nll=False))
     codec = codec_with()
     assert asked == [prompt_ids(codec, Format("question"), row["question"]) for row in merging_rows(4)]

@@ -136,10 +136,11 @@ def test_consistency_loss_is_the_mean_over_positions_and_chosen_blocks(layers: l
 
 
 def leaks() -> int:
-    """How many of the states h let a gradient through."""
+    """How many of the states h let a gradient through, over all norms."""
     h, perturbed = ([state.requires_grad_() for state in states(seed)] for seed in (1, 2))
-    loss = consistency_loss(h, perturbed, predicts(LABELS))
-    return sum(gradient is not None for gradient in torch.autograd.grad(loss, h, allow_unused=True))
+    losses = [consistency_loss(h, perturbed, predicts(LABELS), norm=norm) for norm in NORMS]
+    gradients = [torch.autograd.grad(loss, h, allow_unused=True) for loss in losses]
+    return sum(gradient is not None for each in gradients for gradient in each)
 
 
 def test_consistency_loss_differentiates_the_perturbed_states_alone_and_only_where_they_predict() -> None:

@@ -54,7 +54,7 @@ def test_remat_keeps_little_but_the_states(name: str) -> None:
     assert again < 0.35 * plain
 
 
-def test_remat_is_for_the_methods_of_the_paper_and_not_for_the_compiler() -> None:
+def test_remat_is_not_for_the_released_methods_nor_for_the_compiler() -> None:
     with pytest.raises(ValueError, match="remat and compile exclude each other"):
         method("sft", remat=True, compile=True)
     for option in ("remat", "compile"):

@@ -4,7 +4,6 @@ Bit for bit: the adapter, the optimizer's moments, and every number in the log t
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -18,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import refusal
+from tiny import environment, refusal
 
 from lfu import checkpoint, cli, methods
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
 METHODS = ("sft", "lfu-lora", "lfu-reps", "released-lora", "released-reps", "neftune")
-"""Those that draw something or carry something along, and SFT."""
+"""SFT, each auxiliary, and those that draw or carry along something else."""
 SHORT: dict[str, Any] = {"model": MINI, "template": "plain", "rank": 2, "learning_rate": 0.01, "batch_size": 4}
 STEPS = 10
 """20 rows in batches of 4, two epochs: the second begins behind step 5."""
@@ -224,6 +223,23 @@ def test_model_and_data_may_move(unbroken: Callable[..., Path], tmp_path: Path) 
     assert_same(out, unbroken("sft"))
 
 
+def test_a_run_may_go_on_in_less_memory(data: Path, unbroken: Callable[..., Path], tmp_path: Path) -> None:
+    """As a run is told to that has run out of it."""
+    out = cut_to(unbroken("lfu-lora"), tmp_path / "run", 4)
+    assert train(out, data, method="lfu-lora", save_every=1, keep=STEPS, remat=True, resume=True) == 0
+    assert_same(out, unbroken("lfu-lora"))
+
+
+@pytest.mark.parametrize("method", ["lfu-lora", "released-reps"])
+def test_in_bfloat16_too(method: str, data: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    options = {"method": method, "dtype": "bfloat16", "save_every": 1, "keep": STEPS}
+    assert train(whole, data, **options) == 0
+    cut_to(whole, out, 4)
+    assert train(out, data, resume=True, **options) == 0
+    assert_same(out, whole)
+
+
 def test_published_settings_may_be_spelled_out(data: Path, unbroken: Callable[..., Path], tmp_path: Path) -> None:
     out = cut_to(unbroken("lfu-lora"), tmp_path / "run", 9)
     told = {"alpha": 0.1, "lambda": 5, "layers": "1-4", "norm": "mean", "seed": 42}
@@ -255,18 +271,16 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stopped_by(number: int, out: Path, data: Path, step: int) -> tuple[int, str]:
     """Train in a process of its own and send it a signal once its log shows `step`: its exit status and last words."""
-    path = os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "lfu.cli", "train", *typed(out=out, data=data, micro_batch_size=2, **SHORT | LONG)]
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()
     ) as run:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < step:
             assert run.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
         run.send_signal(number)
-        _, words = run.communicate(timeout=60)
+        _, words = run.communicate(timeout=300)
     return run.returncode, words
 
 
@@ -386,6 +400,17 @@ def test_a_damaged_checkpoint_is_refused(
     assert train(out, data, method="sft", resume=True) == 2
     assert refusal(capsys).startswith(f"{damaged} is damaged")
     assert not (out / "adapter").exists()
+
+
+@pytest.mark.parametrize("state", [{"sha256": {}}, {"step": "4", "sha256": {}}, {"step": 4}])
+def test_a_checkpoint_without_its_step_or_checksums_is_refused(
+    state: dict[str, Any], data: Path, unbroken: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = cut_to(unbroken("sft"), tmp_path / "run", 4)
+    path = checkpoint.checkpoints(out)[-1] / "state.json"
+    path.write_text(json.dumps(state))
+    assert train(out, data, method="sft", save_every=1, keep=STEPS, resume=True) == 2
+    assert refusal(capsys) == f"{path} must name a step and the checksums of the tensor files."
 
 
 def test_a_folder_set_aside_is_no_checkpoint(data: Path, unbroken: Callable[..., Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ to matter, the sliding window and the original context are shorter than the sequ
 heads than query heads wherever the real model has fewer.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,9 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lfu: ")]
     assert len(lines) == 1
     return lines[0].removeprefix("lfu: ")
+
+
+def environment() -> dict[str, str]:
+    """For a process of its own: one thread, and the `lfu` that is tested here, whatever the working directory."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

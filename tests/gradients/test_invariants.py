@@ -150,7 +150,8 @@ def test_the_consistency_gradient_is_proportional_to_a_small_step(auxiliary: str
 
 @pytest.mark.parametrize("auxiliary", AUXILIARIES)
 def test_if_h_carried_a_gradient_it_would_vanish_with_the_square(auxiliary: str) -> None:
-    """θ then moves h along with h', and their difference changes as little as it is."""
+    """θ then moves h along with h', and their difference changes as little as it is. (Of the oracle: what a gradient
+    through h would do, so that the test above is known to tell.)"""
     gradients = [
         by_oracle("llama31", auxiliary, alpha=alpha, wrong="h carries a gradient").consistency_gradient
         for alpha in ALPHAS

@@ -214,7 +214,7 @@ MODEL = [
             "both passes rounded",
             "y0.to(x.dtype) + F.linear((x - x0).to(W.dtype), W).to(x.dtype)",
             "F.linear(x.to(W.dtype), W).to(x.dtype)",
-            checks.BFLOAT16,
+            checks.bfloat16("lora"),
         ),
     ),
     *mistakes_in(
@@ -939,6 +939,16 @@ BASELINES = [
         ),
         ("the block before", "h[-1][places]", "h[-2][places]", checks.LOGITS),
         ("every position", "places = mask", "places = torch.ones_like(mask)", checks.LOGITS),
+        (
+            "logits rounded, not their difference",
+            "z + frozen(n_perturbed - n.detach(), base.lm_head)",
+            "frozen(n_perturbed, base.lm_head)",
+            checks.bfloat16("logits"),
+        ),
+    ),
+    *mistakes_in(
+        "released.released_lora",
+        ("both passes rounded", "relative_to(record)", "base_product", checks.bfloat16("released")),
     ),
     *mistakes_in(
         "baselines.ensemble",
