@@ -302,7 +302,9 @@ def summed(gradient: Lora, metrics: dict[str, float]) -> tuple[Lora, dict[str, f
         distributed.all_reduce(whole)
         distributed.all_gather_object(all_metrics, metrics)
     except RuntimeError as error:
-        raise ConnectionError("Another process of this run is gone. Continue with --resume.") from error
+        raise ConnectionError(
+            "Another process of this run is gone; if it said why, mend that. Continue with --resume."
+        ) from error
     parts = whole.split([leaf.numel() for leaf in leaves])
     gradient = tree_unflatten([part.view_as(leaf) for part, leaf in zip(parts, leaves)], structure)
     names = {name: None for each in all_metrics for name in each}
