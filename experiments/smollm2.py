@@ -5,19 +5,19 @@
 
 Two regimes: `full`, 480 rows for three epochs at the published settings, and `small`, 32 rows for twenty epochs at
 ten times the learning rate, where SFT overfits. `run` continues where it stopped: training resumes from its last
-checkpoint, and each score is written as soon as it is known. Runs come in the order of what they tell; `--only
-small-sft-42` does one; two of them can share a machine.
+checkpoint (or says that the run there had other settings), and each score is written as soon as it is known. Runs come
+in the order of what they tell; `--only small-sft-42` does one; two of them can share a machine.
 
 Scores: answer NLL and exact match on GSM8K's test set; NLL of WikiText-2's validation text; drift, the mean
 KL(base ‖ tuned) per token on the base model's own greedy answers to 200 prompts that are not mathematics; answer NLL
 under the five prompts of the paper's appendix C.4 (which has exact match: too rare with this model); and answer NLL on
-training rows that no run trains on, to choose α and λ by.
+training rows that no run trains on, to choose α and λ by, SFT's learning rate in the small regime, and when to stop it.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -54,11 +54,15 @@ SETTINGS = {
     "lora": {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0},
     "lora500": {"method": "lfu-lora", "alpha": 0.001, "lam": 500.0},
     "reps": {"method": "lfu-reps", "alpha": 0.1, "lam": 0.1},
+    "stopped": {"method": "sft"},  # SFT's own run, at the checkpoint that is best on the rows held back
     "neftune": {"method": "neftune"},
     "gem": {"method": "gem-logsigmoid"},
     "im": {"method": "sft", "loss_on": "instruction+answer"},
     "rlora": {"method": "released-lora"},
     "rreps": {"method": "released-reps"},
+    # A gentler SFT, which keeps a model from overfitting too.
+    "sft3e4": {"method": "sft", "learning_rate": 3e-4},
+    "sft1e4": {"method": "sft", "learning_rate": 1e-4},
     # Other α·λ, and for the scale-free norm the λ of weights/mini and one more: to choose by the rows held back.
     "lora0.5": {"method": "lfu-lora", "alpha": 0.1, "lam": 0.5},
     "lora50": {"method": "lfu-lora", "alpha": 0.1, "lam": 50.0},
@@ -73,6 +77,7 @@ REGIMES = {
 }
 PUBLISHED = ("sft", "lora", "lora500", "reps")
 BASELINES = ("neftune", "gem", "im", "rlora", "rreps")
+GENTLER = ("sft3e4", "sft1e4")
 CANDIDATES = ("lora0.5", "lora50", "reps1", "reps10", "relative50", "relative500")
 SEEDS = (42, 43, 44)
 RUNS = [
@@ -80,18 +85,18 @@ RUNS = [
     for seed, regimes, names in (
         (42, REGIMES, PUBLISHED),
         (43, REGIMES, ("sft", "lora", "lora500")),
-        (42, ("small",), (*BASELINES, *CANDIDATES)),
+        (42, ("small",), ("stopped", *BASELINES, *GENTLER, *CANDIDATES)),
+        (43, ("small",), ("stopped",)),
         (43, REGIMES, ("reps",)),
         (44, REGIMES, ("sft", "lora", "reps")),
-        (42, ("full",), (*BASELINES, *CANDIDATES)),
+        (44, ("small",), ("stopped",)),
+        (42, ("full",), (*BASELINES, "lora0.5", "relative50")),
     )
     for regime, name in product(regimes, names)
 ]
 
 # Of GSM8K's test set: for the likelihood at the end of a run and along the way, and for exact match.
 TEST_ROWS, CURVE_ROWS, MATCH_ROWS = 500, 100, 200
-STOPPED = 16
-"""Where SFT is best in the small regime by the curve on test rows: what stopping in time could give at most."""
 PROMPT_ROWS = 100  # of the test set, under each wording
 HELD_BACK = slice(7000, 7200)  # of the training set, of which runs see the first 480 rows at most
 WINDOW, WINDOWS = 512, 64  # WikiText-2 is scored in this many windows of this many tokens
@@ -121,7 +126,7 @@ COLUMNS = {  # of the table: head, factor, digits
     "flexible": ("flexible %", 100, 1),
     "wikitext": ("WikiText-2 NLL", 1, 3),
     "drift": ("drift", 1, 4),
-    "prompts": ("five prompts", 1, 3),
+    "prompts": ("five prompts, ± over them", 1, 3),
     "held": ("held back", 1, 3),
 }
 
@@ -153,24 +158,45 @@ def run_all(paths: Paths, only: list[str] | None) -> None:
     """Train and score everything that is not there yet."""
     bench = load_bench(paths)
     for name in only or ["base", *RUNS]:
-        run_one(paths, bench, name)
+        try:
+            run_one(paths, bench, name)
+        except FloatingPointError as error:  # the other runs can still be made
+            print(f"{name}: {error}", flush=True)
 
 
 def run_one(paths: Paths, bench: Bench, name: str) -> None:
-    """One fine-tuning with its answer NLL along the way, then all scores; for the base model the scores alone."""
+    """All scores of one run, or of the base model."""
     folder = paths.out / name
-    if name != "base" and not (folder / "adapter").is_dir():
-        cli.train(options_of(paths, name))
-    for step in checkpoint.checkpoints(folder):
-        adapter = load_adapter(step, bench.config)
-        score_once(folder / f"nll-{step.name}.json", partial(nll_scores, bench, [adapter], bench.test[:CURVE_ROWS]))
-    adapters = [load_adapter(folder / "adapter", bench.config)] if name != "base" else []
-    if name.startswith("small-sft"):
-        stopped = load_adapter(folder / "checkpoints" / f"step-{STOPPED}", bench.config)
-        score_once(folder / "stopped.json", partial(scores, bench, [stopped]))
+    adapters = adapters_of(paths, bench, name)
     score_once(folder / "held.json", partial(nll_scores, bench, adapters, bench.held))
     score_once(folder / "scores.json", partial(scores, bench, adapters))
     score_once(folder / "prompts.json", partial(prompt_scores, bench, adapters))
+
+
+def adapters_of(paths: Paths, bench: Bench, name: str) -> list[Adapter]:
+    """Fine-tune, with the answer NLL along the way; or take the best checkpoint of an SFT run."""
+    if name == "base":
+        return []
+    if "-stopped-" in name:
+        return [stopped_in_time(bench, paths.out / name.replace("stopped", "sft"))]
+    last = cli.train(options_of(paths, name))
+    for step in checkpoint.checkpoints(paths.out / name):
+        score_checkpoint(bench, step, "nll", bench.test[:CURVE_ROWS])
+    return [load_adapter(last, bench.config)]
+
+
+def stopped_in_time(bench: Bench, run: Path) -> Adapter:
+    """The best checkpoint of a finished run by the rows held back."""
+    steps = checkpoint.checkpoints(run)
+    best = min(steps, key=lambda step: score_checkpoint(bench, step, "held", bench.held))
+    return load_adapter(best, bench.config)
+
+
+def score_checkpoint(bench: Bench, step: Path, name: str, rows: list[Row]) -> float:
+    """The answer NLL of these rows, kept in the run's folder."""
+    path = step.parent.parent / f"{name}-{step.name}.json"
+    score_once(path, lambda: nll_scores(bench, [load_adapter(step, bench.config)], rows))
+    return read_json(path)["nll"]["mean"]
 
 
 def options_of(paths: Paths, name: str) -> cli.TrainOptions:
@@ -183,12 +209,11 @@ def options_of(paths: Paths, name: str) -> cli.TrainOptions:
         dtype="bfloat16",
         seed=int(seed),
         resume=(paths.out / name / "settings.json").is_file(),
-        **SETTINGS[setting],
-        **REGIMES[regime],
+        **(REGIMES[regime] | SETTINGS[setting]),
     )
 
 
-def score_once(path: Path, measure: partial) -> None:
+def score_once(path: Path, measure: Callable[[], dict[str, Estimate]]) -> None:
     """Measure and write, unless it was measured before."""
     if not path.is_file():
         results = {name: value._asdict() for name, value in measure().items()}
@@ -293,38 +318,39 @@ def table(out: Path) -> str:
 
 
 def regime_table(out: Path, regime: str) -> str:
-    """The base model, each setting, and SFT stopped in time."""
-    kinds = [(name, "scores", name) for name in SETTINGS] + [("sft", "stopped", f"sft, step {STOPPED}")]
-    rows = [row_of("base", [measured(out / "base", "scores")])]
-    for name, scored, label in kinds:
-        runs = [measured(out / f"{regime}-{name}-{seed}", scored) for seed in SEEDS]
-        if any(runs):
-            rows.append(row_of(label, [run for run in runs if run]))
+    """The base model and each setting."""
+    runs = {"base": [measured(out / "base")]}
+    runs |= {name: [measured(out / f"{regime}-{name}-{seed}") for seed in SEEDS] for name in SETTINGS}
+    rows = [row_of(name, [run for run in found if run]) for name, found in runs.items() if any(found)]
     heads = [regime, *(head for head, _, _ in COLUMNS.values()), "test NLL by seed"]
     return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows])
 
 
-def measured(folder: Path, scored: str) -> dict[str, dict[str, float]]:
-    """What is known of a run, by column; nothing before it is scored. SFT stopped in time has its scores alone."""
-    scores, held, prompts = (folder / f"{name}.json" for name in (scored, "held", "prompts"))
+def measured(folder: Path) -> dict[str, dict[str, float]]:
+    """What is known of a run, by column; nothing before it is scored."""
+    scores, held, prompts = (folder / f"{name}.json" for name in ("scores", "held", "prompts"))
     results = read_json(scores) if scores.is_file() else {}
-    if results and scored == "scores" and held.is_file():
+    if results and held.is_file():
         results["held"] = read_json(held)["nll"]
-    if results and scored == "scores" and prompts.is_file():
+    if results and prompts.is_file():
         means = [each["mean"] for each in read_json(prompts).values()]
         results["prompts"] = {"mean": statistics.mean(means), "error": statistics.pstdev(means)}
     return results
 
 
 def row_of(label: str, runs: list[dict[str, dict[str, float]]]) -> str:
-    """The means over the seeds, with the mean standard error: the items are the same for every seed."""
-    cells = [label]
-    for column, (_, factor, digits) in COLUMNS.items():
-        values = [run[column] for run in runs if column in run]
-        means = [factor * statistics.mean(value[part] for value in values) for part in ("mean", "error") if values]
-        cells.append(" ± ".join(f"{mean:.{digits}f}" for mean in means))
+    """The mean over the seeds of each column, and the test NLL of each seed."""
+    cells = [cell([run[name] for run in runs if name in run], *how) for name, (_, *how) in COLUMNS.items()]
     by_seed = ", ".join(f"{run['nll']['mean']:.3f}" for run in runs)
-    return f"| {' | '.join([*cells, by_seed])} |"
+    return f"| {' | '.join([label, *cells, by_seed])} |"
+
+
+def cell(values: list[dict[str, float]], factor: float, digits: int) -> str:
+    """Means over the seeds of values and of their standard errors: the items are the same for every seed."""
+    if not values:
+        return ""
+    means = (factor * statistics.mean(value[part] for value in values) for part in ("mean", "error"))
+    return " ± ".join(f"{mean:.{digits}f}" for mean in means)
 
 
 def curves(out: Path) -> str:
