@@ -1,15 +1,17 @@
 """The paper in miniature: its tables and figures, made again on `weights/mini`.
 
-    python -m experiments --quick       # one seed of the main table, with the settings chosen before: 5 minutes
+    python -m experiments --quick       # one seed of the main table, with the settings chosen before: 2 minutes
     python -m experiments --main        # three seeds of it
     python -m experiments               # everything, choosing included: hours, and it continues where it stopped
 
-Writes one JSON file for each run, `miniature.json` with all of them, a page `miniature.md`, and figures (if matplotlib
-is installed: `pip install '.[plot]'`). The settings chosen are in `experiments/choices.json`; the whole run chooses
-anew. Read `mini.py`, `plan.py` and `report.py`, in this order.
+Writes one JSON file for each run. The first two print their tables; everything also makes `miniature.json` with all
+runs, a page `miniature.md`, and figures (if matplotlib is installed: `pip install '.[plot]'`). The settings chosen are
+in `experiments/choices.json`; the whole run chooses anew. A folder of runs belongs to one version of code and weights.
+Read `mini.py`, `plan.py` and `report.py`, in this order.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -22,10 +24,11 @@ import torch
 from tqdm import tqdm
 
 from experiments import plan, report
-from experiments.mini import Spec, result, step_times
+from experiments.mini import MINI, Spec, result, step_times
 from lfu import checkpoint
 
-CHOICES = Path(__file__).parent / "choices.json"
+ROOT = Path(__file__).parent.parent
+CHOICES = ROOT / "experiments" / "choices.json"
 
 
 def main() -> None:
@@ -41,6 +44,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes, of one core each")
     parsed = parser.parse_args()
     start = time.perf_counter()
+    if not parsed.report:
+        require_same_version(parsed.out)
     if parsed.quick or parsed.main:
         if not CHOICES.is_file():
             parser.error(f"{CHOICES} does not exist: run everything once, and put its choices.json there.")
@@ -55,6 +60,18 @@ def main() -> None:
             run_whole(parsed.out, parsed.workers)
         report.write(parsed.out, parsed.page or parsed.out)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+def require_same_version(out: Path) -> None:
+    """SystemExit if the runs in this folder were made by other code or from other weights and rows."""
+    files = [*sorted((ROOT / "lfu").rglob("*.py")), ROOT / "experiments" / "mini.py"]
+    files += [path for path in sorted(MINI.rglob("*")) if path.is_file()]
+    version = hashlib.sha256("".join(checkpoint.sha256(path) for path in files).encode()).hexdigest()
+    record = out / "version.json"
+    if not record.is_file() and not (out / "runs").is_dir():
+        checkpoint.write_json(record, {"sha256": version})
+    elif not record.is_file() or checkpoint.read_json(record)["sha256"] != version:
+        raise SystemExit(f"The runs in {out} were made by another version of the code: give another --out.")
 
 
 def run_whole(out: Path, workers: int) -> None:

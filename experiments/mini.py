@@ -1,7 +1,7 @@
 """One run of the paper in miniature: a fine-tuning of `weights/mini`, and everything that is measured on it.
 
 A `Spec` says all that decides a run, and its result is one JSON file named after it, so a plan of many runs continues
-where it stopped and no run is made twice. Methods are those of `lfu.methods`, and those that are not gradients: `im`
+where it stopped. Methods are those of `lfu.methods`, and those that are not gradients: `im`
 (labels), `sdft` (data), `ema` and `ensemble` (averages). Read next: `plan.py`.
 """
 
@@ -231,7 +231,7 @@ def answers(here: World, adapters: list[Adapter], prompts: list[list[int]], max_
 
 
 def scores(here: World, adapters: list[Adapter], split: str, form: Format) -> dict[str, Any]:
-    """Share of exact answers in every column, by task, and the likelihood of the task's reference answers."""
+    """Share of exact answers in every column, and the likelihood of the task's reference answers."""
     table: dict[str, Any] = {}
     for column, folder in SPLITS.items():
         rows = rows_of(folder, split)

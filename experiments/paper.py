@@ -1,4 +1,4 @@
-"""The paper's own numbers for Llama-3.1-8B, to stand beside ours (arXiv 2511.13052, Tables 1 to 6 and 11 to 15).
+"""The paper's own numbers for Llama-3.1-8B, to stand beside ours (arXiv 2511.13052, Tables 1 to 6 and 10 to 15).
 
 Scores are the averages of the paper's four categories in percent: math, knowledge, reasoning, helpfulness.
 """

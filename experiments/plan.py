@@ -34,7 +34,7 @@ Choices = dict[str, Trial]
 
 
 def grid(method: str, name: str, values: Iterable[Any], **fixed: Any) -> list[Trial]:
-    """Four values of one hyper-parameter at two learning rates."""
+    """Values of one hyper-parameter, each at two learning rates."""
     return [(method, rate, tuple(sorted({**fixed, name: value}.items()))) for rate, value in product(TWO_RATES, values)]
 
 
@@ -192,6 +192,12 @@ def sweeps(choices: Choices) -> dict[str, dict[Any, list[Spec]]]:
 def sft_curve(choices: Choices, seed: int) -> list[Spec]:
     """SFT at several learning rates."""
     return [tested(choices, "math", "SFT", seed, learning_rate=rate) for rate in SFT_RATES]
+
+
+def sft_rates(choices: Choices) -> dict[str, list[Spec]]:
+    """The same runs, rate by rate."""
+    curves = zip(*(sft_curve(choices, seed) for seed in MAIN_SEEDS))
+    return {f"SFT at {rate:g}": list(specs) for rate, specs in zip(SFT_RATES, curves)}
 
 
 def faster(choices: Choices) -> dict[str, list[Spec]]:

@@ -68,6 +68,11 @@ def column(look_up: plan.LookUp, specs: Iterable[Spec], name: str) -> list[float
     return [scores[name] if name in SPLITS else plan.category(scores, name) for scores in tables]
 
 
+def averages(look_up: plan.LookUp, specs: Sequence[Spec], names: Iterable[str] = COLUMNS) -> list[str]:
+    """The mean over these runs of each of these scores, as cells."""
+    return [str(mean(column(look_up, specs, name))) for name in names]
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)])
 
@@ -125,7 +130,7 @@ def score_table(
     own_ranks = ranks({row: scores for row, scores in by_category.items() if row in published_ranks})
 
     def cells(row: str, specs: list[Spec]) -> list[str]:
-        own = [str(mean(column(look_up, specs, name))) for name in COLUMNS]
+        own = averages(look_up, specs)
         theirs = [f"{value:.1f}" for value in published.get(row, ())]
         rank = f"{own_ranks[row]:.2f}" if row in own_ranks else ""
         return [row, *own, rank, " / ".join(theirs), f"{published_ranks.get(row, '')}"]
@@ -167,12 +172,16 @@ def group_table(look_up: plan.LookUp, groups: dict[Any, list[Spec]], published: 
     """One row for each group of runs, beside the paper's where it has one."""
 
     def cells(name: Any, specs: list[Spec]) -> list[str]:
-        own = [str(mean(column(look_up, specs, each))) for each in COLUMNS]
-        if any("diverged" in look_up(spec) for spec in specs):
-            own = ["diverged"] * len(own)
+        runs = [look_up(spec) for spec in specs]
+        if any("diverged" in run for run in runs):
+            own = ["diverged"] * (len(COLUMNS) + 1)
+        else:
+            own = [*averages(look_up, specs), f"{100 * mean([run['training']['clipped'] for run in runs]).value:.0f} %"]
         return [f"{name}", f"{len(specs)}", *own, " / ".join(f"{value:.1f}" for value in published.get(name, ()))]
 
-    return markdown([head, "seeds", *COLUMNS, "paper"], [cells(name, specs) for name, specs in groups.items()])
+    return markdown(
+        [head, "seeds", *COLUMNS, "clipped steps", "paper"], [cells(name, specs) for name, specs in groups.items()]
+    )
 
 
 def tables_6_and_11(look_up: plan.LookUp, choices: plan.Choices) -> str:
@@ -204,7 +213,7 @@ def table_12(look_up: plan.LookUp, choices: plan.Choices) -> str:
     for row, groups in plan.epochs(choices).items():
         for n, specs in groups.items():
             nll = mean([look_up(spec)["scores"]["nll"] for spec in specs])
-            own = [str(mean(column(look_up, specs, name))) for name in COLUMNS]
+            own = averages(look_up, specs)
             rows.append([row, str(n), *own, f"{nll.value:.3f} ± {nll.error:.3f}"])
     table = markdown(["method", "epochs", *COLUMNS, "NLL of the task's test answers"], rows)
     theirs = [
@@ -228,10 +237,10 @@ def table_4(look_up: plan.LookUp, choices: plan.Choices) -> str:
         rows.append([row, *success, complied, *(f"{end:.2g}" for end in ends), theirs])
     head = [f"{step} steps" for step in after] + [
         "complied, 20 steps",
-        "loss",
+        "aligned: loss",
         "gradient",
         "moved",
-        "paper: 0 / 5 steps",
+        "paper, HEx-PHI: 0 / 5 steps",
     ]
     return markdown(["method", *head], rows)
 
@@ -268,37 +277,32 @@ def figure_groups(choices: plan.Choices) -> dict[str, list[Spec]]:
     return base | {row: [main_spec(choices, "math", row, seed) for seed in plan.FEW_SEEDS] for row in plan.TRIALS}
 
 
-def frontier_table(look_up: plan.LookUp, choices: plan.Choices) -> str:
-    """What each method keeps beyond SFT of the same task score: SFT's curve over its learning rates, seed by seed."""
-    swept = {
-        f"{row}, λ {value}": specs
-        for name in ("lambda", "RepS, lambda")
-        for row in [plan.SWEEPS[name][0]]
-        for value, specs in plan.sweeps(choices)[name].items()
-    }
-    chosen = {
-        row: [chosen_spec(choices, row, seed) for seed in (plan.MAIN_SEEDS if row in plan.TRIALS else plan.FEW_SEEDS)]
-        for row in choices
-        if row != "SFT"
-    }
+def frontier_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
+    """What each method keeps beyond SFT of the same task score: SFT's curve over its learning rates, seed by seed.
 
-    def cells(row: str, specs: list[Spec]) -> list[str]:
+    And the differences from SFT at the learning rate at which it forgets.
+    """
+    learned = (plan.TASK, "kept")
+    curve = plan.sft_rates(choices)
+    rows = [[row, str(len(specs)), *averages(look_up, specs, learned), "", ""] for row, specs in curve.items()]
+    for row, specs in beside_the_curve(choices).items():
         gaps, within = zip(*(gap(look_up, choices, spec) for spec in specs))
-        own = [str(mean(column(look_up, specs, name))) for name in (plan.TASK, "kept")]
-        return [row, str(len(specs)), *own, interval(gaps), f"{sum(within)}"]
-
-    curve = {
-        f"SFT at {rate:g}": [plan.sft_curve(choices, seed)[i] for seed in plan.MAIN_SEEDS]
-        for i, rate in enumerate(plan.SFT_RATES)
-    }
-    own = [
-        [row, str(len(specs)), *(str(mean(column(look_up, specs, name))) for name in (plan.TASK, "kept")), "", ""]
-        for row, specs in curve.items()
-    ]
+        rows.append([row, str(len(specs)), *averages(look_up, specs, learned), interval(gaps), f"{sum(within)}"])
     head = ["method", "seeds", "task", "kept", "kept beyond SFT of the same task score", "seeds within SFT's scores"]
-    return markdown(
-        head, [*own, *(cells(row, specs) for row, specs in (chosen | plan.faster(choices) | swept).items())]
-    )
+    fast = f"SFT at {max(plan.TWO_RATES):g}"
+    differences = difference_table(look_up, {fast: curve[fast]} | plan.faster(choices), fast)
+    return f"{markdown(head, rows)}\n\nDifference from {fast}, paired by seed, in percentage points:\n\n{differences}"
+
+
+def beside_the_curve(choices: plan.Choices) -> dict[str, list[Spec]]:
+    """All that was chosen, LfU at the faster rate, and its sweeps of λ."""
+    seeds = {row: plan.MAIN_SEEDS if row in plan.TRIALS else plan.FEW_SEEDS for row in choices if row != "SFT"}
+    groups = {row: [chosen_spec(choices, row, seed) for seed in each] for row, each in seeds.items()}
+    groups |= plan.faster(choices)
+    for name in ("lambda", "RepS, lambda"):
+        row = plan.SWEEPS[name][0]
+        groups |= {f"{row}, λ {value}": specs for value, specs in plan.sweeps(choices)[name].items()}
+    return groups
 
 
 def gap(look_up: plan.LookUp, choices: plan.Choices, spec: Spec) -> tuple[float, bool]:
@@ -318,7 +322,7 @@ def causes_table(look_up: plan.LookUp, choices: plan.Choices) -> str:
     for row, groups in plan.causes(choices).items():
         changes += [f"{row}:", difference_table(look_up, groups, "as chosen")]
         for cause, specs in groups.items():
-            own = [str(mean(column(look_up, specs, name))) for name in COLUMNS]
+            own = averages(look_up, specs)
             training = [look_up(spec)["training"] for spec in specs]
             rows.append(
                 [
@@ -416,7 +420,7 @@ def if_there(table: Callable[[], str]) -> str:
     except FileNotFoundError:
         return "Not run yet."
     except KeyError as error:
-        return f"One of its runs diverged, so it has no {error}."
+        return f"One of its runs has no {error}: it diverged, or was made before that was measured."
 
 
 def sections(look_up: plan.LookUp, choices: plan.Choices, out: Path) -> dict[str, Callable[[], str]]:
@@ -443,7 +447,7 @@ def sections(look_up: plan.LookUp, choices: plan.Choices, out: Path) -> dict[str
         "Table 12: epochs": lambda: table_12(look_up, choices),
         "Figure 5: five prompts": lambda: f"{figure_5(look_up, choices)}\n\n![Prompts](miniature-prompts.png)",
         "Figure 6: noise on the embeddings": lambda: f"{figure_6(look_up, choices)}\n\n![Noise](miniature-noise.png)",
-        "Causes: more than a slower SFT?": lambda: frontier_table(look_up, choices),
+        "Causes: more than a slower SFT?": lambda: frontier_tables(look_up, choices),
         "Causes: the norm": lambda: f"{by_name(('norm relative, lambda',))}\n\n{squares_line(look_up)}",
         "Causes: micro-batch and precision": lambda: causes_table(look_up, choices),
         "All trials": lambda: trials_table(look_up, plan.TRIALS | plan.MORE_TRIALS),

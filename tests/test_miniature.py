@@ -11,7 +11,7 @@ import pytest
 
 from experiments import mini, paper, plan, report
 from experiments.__main__ import CHOICES as STORED
-from experiments.__main__ import run_all
+from experiments.__main__ import require_same_version, run_all
 from experiments.mini import SPLITS, Spec
 
 EVERYTHING = ("scores", "prompts", "noise", "attack")
@@ -182,3 +182,16 @@ def test_the_choices_that_quick_runs_take_are_there() -> None:
     choices, trials = plan.choices_from(json.loads(STORED.read_text())), plan.TRIALS | plan.MORE_TRIALS
     assert choices.keys() == trials.keys()
     assert all(choices[row] in each for row, each in trials.items())
+
+
+def test_a_folder_of_runs_belongs_to_one_version(tmp_path: Path) -> None:
+    out = tmp_path / "miniature"
+    require_same_version(out)
+    require_same_version(out)
+    (out / "version.json").write_text('{"sha256": "other"}')
+    with pytest.raises(SystemExit, match="another version of the code: give another --out"):
+        require_same_version(out)
+    (out / "version.json").unlink()
+    (out / "runs").mkdir()
+    with pytest.raises(SystemExit, match="another version of the code"):
+        require_same_version(out)
