@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.report import markdown
 from lfu.cli import EvalOptions, TrainOptions, evaluate, train
 from lfu.evaluate import Estimate
 from lfu.methods import METHODS
@@ -89,12 +90,11 @@ def score(adapter: Path | None, data: Path, how: str) -> Estimate:
 
 def table(rows: dict[str, dict[str, Estimate]]) -> str:
     """Percent exact match ± standard error."""
-    titles = list(next(iter(rows.values())))
-    lines = ["| method | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for method, results in rows.items():
-        cells = [f"{100 * each.mean:.1f} ± {100 * each.error:.1f}" for each in results.values()]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = [
+        [method, *(f"{100 * each.mean:.1f} ± {100 * each.error:.1f}" for each in results.values())]
+        for method, results in rows.items()
+    ]
+    return markdown(["method", *next(iter(rows.values()))], cells)
 
 
 if __name__ == "__main__":

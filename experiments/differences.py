@@ -343,7 +343,7 @@ def alongside_sft(bench: Bench) -> str:
         "Algorithm 2": reps_variant(bench),
         "with the sides swapped": reps_variant(bench, trained="clean"),
     }
-    cosines = [f"{name} {fidelity.compared(each.consistency, sft).split(',')[0]}" for name, each in found.items()]
+    cosines = [f"{name} {fidelity.cosine(each.consistency, sft):.4f}" for name, each in found.items()]
     return f"Cosine of the consistency gradient with the SFT gradient: {', '.join(cosines)}."
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from experiments.report import markdown
 from lfu import lora, methods, model, train
 from lfu.data import Batch, Format, collate, encode_row, load_codec, read_rows
 from lfu.model import Config, Params
@@ -149,17 +150,19 @@ def flat(tree: Any) -> Tensor:
 
 
 def compared(found: Tensor, reference: Tensor) -> str:
+    return f"{cosine(found, reference):.4f}, {found.norm() / reference.norm():.3f}"
+
+
+def cosine(found: Tensor, reference: Tensor) -> Tensor:
     # Its eps is a floor for the norms, and these gradients can be short.
-    cosine = torch.nn.functional.cosine_similarity(found, reference, dim=0, eps=1e-300)
-    return f"{cosine:.4f}, {found.norm() / reference.norm():.3f}"
+    return torch.nn.functional.cosine_similarity(found, reference, dim=0, eps=1e-300)
 
 
 def table(columns: dict[str, dict[str, str]]) -> str:
     """One row per gradient, one column per precision."""
-    lines = ["| cosine, norm ratio | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for title in next(iter(columns.values())):
-        lines.append(f"| {title} | " + " | ".join(column[title] for column in columns.values()) + " |")
-    return "\n".join(lines)
+    titles = next(iter(columns.values()))
+    rows = [[title, *(column[title] for column in columns.values())] for title in titles]
+    return markdown(["cosine, norm ratio", *columns], rows)
 
 
 if __name__ == "__main__":

@@ -170,8 +170,11 @@ def growth() -> None:
 
 def larger_model() -> str:
     """What the count says of Llama-2-13B over Llama-3.1-8B, beside the paper."""
-    of_8b = Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, None, None, False)
-    of_13b = Config("llama", 32000, 5120, 13824, 40, 40, 40, 128, 1e-5, 1e4, None, None, False)
+    of_8b = shaped(32)._replace(vocab_size=128256)
+    of_13b = of_8b._replace(
+        vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+        num_key_value_heads=40,
+    )  # fmt: skip
     cells = []
     for name, published in paper.GROWTH.items():
         small, large = (bench.step_flops(each, bench.PASSES[name], 16, 200, 1920, RANK) for each in (of_8b, of_13b))

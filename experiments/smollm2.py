@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from experiments.report import markdown
 from lfu import checkpoint, cli, model
 from lfu.checkpoint import read_json
 from lfu.data import (
@@ -322,8 +323,7 @@ def regime_table(out: Path, regime: str) -> str:
     runs = {"base": [measured(out / "base")]}
     runs |= {name: [measured(out / f"{regime}-{name}-{seed}") for seed in SEEDS] for name in SETTINGS}
     rows = [row_of(name, [run for run in found if run]) for name, found in runs.items() if any(found)]
-    heads = [regime, *(head for head, _, _ in COLUMNS.values()), "test NLL by seed"]
-    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows])
+    return markdown([regime, *(head for head, _, _ in COLUMNS.values()), "test NLL by seed"], rows)
 
 
 def measured(folder: Path) -> dict[str, dict[str, float]]:
@@ -338,11 +338,10 @@ def measured(folder: Path) -> dict[str, dict[str, float]]:
     return results
 
 
-def row_of(label: str, runs: list[dict[str, dict[str, float]]]) -> str:
+def row_of(label: str, runs: list[dict[str, dict[str, float]]]) -> list[str]:
     """The mean over the seeds of each column, and the test NLL of each seed."""
     cells = [cell([run[name] for run in runs if name in run], *how) for name, (_, *how) in COLUMNS.items()]
-    by_seed = ", ".join(f"{run['nll']['mean']:.3f}" for run in runs)
-    return f"| {' | '.join([label, *cells, by_seed])} |"
+    return [label, *cells, ", ".join(f"{run['nll']['mean']:.3f}" for run in runs)]
 
 
 def cell(values: list[dict[str, float]], factor: float, digits: int) -> str:
