@@ -314,7 +314,7 @@ def row_divergences(bench: Bench, examples: Sequence[Example], adapters: list[Ad
 
 
 def table(out: Path) -> str:
-    """Per regime a row for each setting, over its seeds; then test NLL along the way of each run."""
+    """Per regime a row for each setting, over its seeds; then the way of each run."""
     return "\n\n".join([*(regime_table(out, regime) for regime in REGIMES), curves(out)])
 
 
@@ -353,13 +353,15 @@ def cell(values: list[dict[str, float]], factor: float, digits: int) -> str:
 
 
 def curves(out: Path) -> str:
-    """Test NLL along the way of each run, on the first CURVE_ROWS rows."""
+    """Of each run: test NLL along the way, on the first CURVE_ROWS rows, and the median norm of its gradients."""
     lines = []
     for name in RUNS:
         steps = sorted((out / name).glob("nll-step-*.json"), key=lambda path: int(path.stem.split("-")[-1]))
         values = [f"{path.stem.split('-')[-1]}: {read_json(path)['nll']['mean']:.3f}" for path in steps]
         if values:
-            lines.append(f"- {name}, test NLL after step {', '.join(values)}")
+            log = map(json.loads, (out / name / "log.jsonl").read_text().splitlines())
+            norm = statistics.median(step["gradient_norm"] for step in log)
+            lines.append(f"- {name}, gradient {norm:.2g}, test NLL after step {', '.join(values)}")
     return "\n".join(lines)
 
 
