@@ -1,13 +1,11 @@
 """The README's Python lines run as they stand, its table of files is true, and no page gives an option that is not."""
 
 import re
-from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 from mutants.table import MUTANTS
-
-from lfu.cli import parser
+from test_cli import subcommands
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,15 +51,10 @@ def test_links_lead_to_files(page: Path) -> None:
 
 def unknown_options(text: str) -> list[str]:
     """What a page types behind `lfu VERB`, within one command, and the verb does not take."""
-    verbs = options_of_verbs()
+    verbs = subcommands()
     commands = re.findall(r"\blfu(?:\.cli)? (\w+)\s(--[^`|;#\n]*)", re.sub(r"\\\n\s*", "", text))
     options = [(verb, option) for verb, rest in commands for option in re.findall(r"--[a-z][a-z-]*", rest)]
-    return [f"{verb} {option}" for verb, option in options if option not in verbs[verb]]
-
-
-def options_of_verbs() -> dict[str, Collection[str]]:
-    (verbs,) = (action.choices for action in parser()._actions if action.dest == "verb")
-    return {name: verb._option_string_actions for name, verb in verbs.items()}
+    return [f"{verb} {option}" for verb, option in options if option not in verbs[verb]._option_string_actions]
 
 
 @page
@@ -71,14 +64,9 @@ def test_commands_have_these_options(page: Path) -> None:
 
 def test_every_option_that_the_readme_names_is_one() -> None:
     """Also in its tables and sentences, where no verb stands in front."""
-    others = {
-        "--index-url",
-        "--nproc-per-node",
-        "--quick",
-        "--tasks",
-        "--rows",
-    }  # of pip, torchrun, experiments, lm_eval
-    known = set().union(*options_of_verbs().values(), others)
+    # Of pip, torchrun, the experiments and lm_eval.
+    others = {"--index-url", "--nproc-per-node", "--quick", "--rows", "--tasks"}
+    known = others.union(*(verb._option_string_actions for verb in subcommands().values()))
     assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - known
 
 

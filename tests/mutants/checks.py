@@ -206,9 +206,9 @@ SLOPE = Check("the consistency gradient is a slope", FINITE, lambda: [consistenc
 
 
 @cache
-def bfloat16(way: str) -> Check:
-    name = f"1 - cosine of the consistency gradient in bfloat16 ({way})"
-    return Check(name, LOST[way], lambda: [lost_in_bfloat16(way, 1e-4)[0]])
+def bfloat16(*ways: str) -> Check:
+    name = f"1 - cosine of the consistency gradient in bfloat16 ({', '.join(ways)})"
+    return Check(name, max(LOST[way] for way in ways), lambda: [lost_in_bfloat16(way, 1e-4)[0] for way in ways])
 
 
 # --- the loop -------------------------------------------------------------------------------------

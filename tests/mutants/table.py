@@ -214,7 +214,7 @@ MODEL = [
             "both passes rounded",
             "y0.to(x.dtype) + F.linear((x - x0).to(W.dtype), W).to(x.dtype)",
             "F.linear(x.to(W.dtype), W).to(x.dtype)",
-            checks.bfloat16("lora"),
+            checks.bfloat16(*checks.BOTH),
         ),
     ),
     *mistakes_in(
