@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.report import markdown
+from experiments.markdown import markdown
 from lfu.cli import EvalOptions, TrainOptions, evaluate, train
 from lfu.evaluate import Estimate
 from lfu.methods import METHODS

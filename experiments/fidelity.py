@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from experiments.report import markdown
+from experiments.markdown import markdown
 from lfu import lora, methods, model, train
 from lfu.data import Batch, Format, collate, encode_row, load_codec, read_rows
 from lfu.model import Config, Params

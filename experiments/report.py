@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import paper, plan
+from experiments.markdown import markdown
 from experiments.mini import CATEGORIES, SPLITS, Spec, found
 from lfu import checkpoint
 from lfu.bench import spread
@@ -71,10 +72,6 @@ def column(look_up: plan.LookUp, specs: Iterable[Spec], name: str) -> list[float
 def averages(look_up: plan.LookUp, specs: Sequence[Spec], names: Iterable[str] = COLUMNS) -> list[str]:
     """The mean over these runs of each of these scores, as cells."""
     return [str(mean(column(look_up, specs, name))) for name in names]
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)])
 
 
 def ranks(scores: dict[str, Sequence[float]]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from experiments.report import markdown
+from experiments.markdown import markdown
 from lfu import checkpoint, cli, model
 from lfu.checkpoint import read_json
 from lfu.data import (

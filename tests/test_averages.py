@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import MINI, lfu, read_lines, refusal, sums, write_rows
 from compare import gap
 from safetensors.torch import load_file
-from test_cli import MINI, lfu, sums, write_rows
-from tiny import refusal
 from torch import Tensor
 
 from lfu import checkpoint, lora
@@ -80,7 +79,7 @@ def test_a_run_goes_on_from_an_adapter(data: Path, run: Path, tmp_path: Path) ->
     still = trained(data, tmp_path / "still", adapter=start, learning_rate=0.0)
     assert all(torch.equal(value, tensors(start)[name]) for name, value in tensors(still / "adapter").items())
     on = trained(data, tmp_path / "on", adapter=start)
-    first, fresh = (json.loads((folder / "log.jsonl").read_text().splitlines()[0])["sft"] for folder in (on, run))
+    first, fresh = (read_lines(folder / "log.jsonl")[0]["sft"] for folder in (on, run))
     assert first < 0.8 * fresh
     settings = json.loads((on / "settings.json").read_text())
     assert settings["adapter_sha256"] == checkpoint.sha256(start / "adapter_model.safetensors")

@@ -1,10 +1,10 @@
 """The benchmark measures what it says: its slow contestant is the same gradient, its arithmetic PyTorch's own count."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from commands import MINI
 from compare import distance, relative
 from gradients.cases import AUXILIARIES, SETTINGS, case, fresh
 from tiny import CONFIGS, random_lora, random_params
@@ -17,7 +17,6 @@ from lfu.data import load_codec
 from lfu.model import load
 from lfu.train import lfu_gradient
 
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 CLOSE = 1e-12
 """Relative error in float64. Measured: at most 3e-14."""
 

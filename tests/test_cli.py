@@ -12,7 +12,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
 from inspect import Parameter, signature
@@ -22,9 +22,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import MINI, asked_for, environment, flags, lfu, read_lines, refusal, subcommands, sums, write_rows
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import LENGTH, environment, random_lora, random_tokens, refusal, tiny_config
+from tiny import LENGTH, random_lora, random_tokens, tiny_config
 from torch import Tensor
 
 from lfu import __version__, checkpoint, cli, lora, methods
@@ -37,7 +38,6 @@ from lfu.memory import peak
 from lfu.model import forward, load, read_config
 from lfu.train import Settings, sft_gradient
 
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 QUESTION = "Compute 7+5."
 STOPS = {"alpaca": ("### Instruction:",), "question": ("Question:",), "plain": ()}
 """Where each template's answers end."""
@@ -49,32 +49,6 @@ REQUIRED: dict[str, dict[str, str]] = {
     "distill": {"model": "M", "data": "D", "out": "O"},
     "bench": {"model": "M"},
 }
-
-
-def flags(**options: Any) -> list[str]:
-    """Options as they are typed: save_every=2 is --save-every 2, drop=True is --drop, and None is nothing."""
-    typed = []
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True or value is False:
-            typed.append(flag if value else flag.replace("--", "--no-"))
-        elif value is not None:
-            typed += [flag, str(value)]
-    return typed
-
-
-def lfu(verb: str, **options: Any) -> int:
-    return main([verb, *flags(**options)])
-
-
-def sums(count: int, first: int = 1) -> list[dict[str, str]]:
-    """Short rows, every one different."""
-    return [{"question": f"Compute {n}+{n}.", "answer": f"{2 * n}"} for n in range(first, first + count)]
-
-
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def tokens_of(*texts: str) -> Tensor:
@@ -107,11 +81,6 @@ def adapter(run: Path) -> Path:
 
 def test_no_verb_is_left_out_here() -> None:
     assert REQUIRED.keys() == cli.VERBS.keys()
-
-
-def subcommands() -> dict[str, Any]:
-    (action,) = (action for action in parser()._actions if action.dest == "verb")
-    return action.choices
 
 
 @pytest.mark.parametrize("verb", REQUIRED)
@@ -237,7 +206,7 @@ def test_a_run_holds_its_settings_its_log_and_its_adapter(run: Path) -> None:
     assert settings.keys() - {each.name for each in fields(TrainOptions)} == {
         "model_fingerprint", "data_sha256", "adapter_sha256", "lfu", "torch"
     }  # fmt: skip
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = read_lines(run / "log.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
     assert [line["epoch"] for line in log] == [1, 1, 1, 2, 2, 2]
     assert all(math.isfinite(line[name]) for line in log for name in ("sft", "consistency", "ascent_norm", "tokens"))
@@ -427,7 +396,7 @@ def test_predictions_are_written_with_their_scores(
     out = tmp_path / "new" / "predictions.jsonl"
     options = {"model": str(MINI), "adapter": str(adapter), "data": str(data), "out": str(out), "score": "exact"}
     results = cli.evaluate(EvalOptions(**options, max_new_tokens=8, batch_size=4))
-    lines = sorted((json.loads(line) for line in out.read_text().splitlines()), key=lambda line: line["row"])
+    lines = sorted(read_lines(out), key=lambda line: line["row"])
     assert [line["row"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [{key: line[key] for key in rows[0]} for line in lines] == rows
     assert [line["exact"] for line in lines] == [line["prediction"].strip() == line["answer"] for line in lines]
@@ -443,19 +412,6 @@ def test_predictions_are_written_with_their_scores(
     shown = capsys.readouterr().out
     assert f"exact: {100 * sum(hits) / 6:.2f} % ± " in shown
     assert f"nll: {results['nll'].mean:.4f} ± {results['nll'].error:.4f} nats per answer token" in shown
-
-
-def asked_for(monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[int]], list[Sequence[str]]]:
-    """The prompts that generation is given from now on, and at each call the strings that it is to stop at."""
-    prompts, stops, generate = [], [], generating.generate
-
-    def noting(config: Any, base: Any, codec: Any, asked: list[list[int]], *rest: Any, **options: Any) -> Any:
-        prompts.extend(asked)
-        stops.append(options["stop"])
-        return generate(config, base, codec, asked, *rest, **options)
-
-    monkeypatch.setattr(generating, "generate", noting)
-    return prompts, stops
 
 
 @pytest.mark.parametrize(
@@ -511,13 +467,13 @@ def test_eval_limit_and_columns(tmp_path: Path) -> None:
 
 def test_refusals_and_words_in_common(tmp_path: Path) -> None:
     """Requests that mini refuses, or not; without an answer column, and with several answers in one."""
-    asked = [json.loads(line) for line in (MINI / "safe" / "test.jsonl").read_text().splitlines()[:6]]
+    asked = read_lines(MINI / "safe" / "test.jsonl")[:6]
     requests = write_rows(tmp_path / "requests.jsonl", [{"question": row["question"]} for row in asked])
     golds = write_rows(tmp_path / "golds.jsonl", [row | {"answer": [row["answer"], "I'm sorry."]} for row in asked])
     out = tmp_path / "predictions.jsonl"
     shared = {"model": str(MINI), "template": "question", "max_new_tokens": 16}
     (name, value), *_ = cli.evaluate(EvalOptions(**shared, data=str(requests), score="refusal", out=str(out))).items()
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    lines = read_lines(out)
     assert [line["jailbroken"] for line in lines] == ["I'm sorry" not in line["prediction"] for line in lines]
     assert (name, value.mean) == ("jailbroken", sum(line["jailbroken"] for line in lines) / 6)
     common = cli.evaluate(EvalOptions(**shared, data=str(golds), score="f1"))
@@ -847,7 +803,7 @@ def test_what_is_not_finite_ends_the_run_at_its_last_good_step(
     assert [path.name for path in checkpoint.checkpoints(out)] == ["step-2"]
     kept, expected = (tensors_in(run / "checkpoints" / "step-2") for run in (out, tmp_path / "sound"))
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
-    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+    assert len(read_lines(out / "log.jsonl")) == 2
     assert not (out / "adapter").exists()
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import MINI, lfu, sums, write_rows
 from compare import distance
 from gradients.cases import AUXILIARIES, SETTINGS, case, fresh
 from safetensors.torch import load_file, save_file
-from test_cli import MINI, lfu, sums, write_rows
 from tiny import random_tokens
 
 from lfu.data import Batch, Example, collate

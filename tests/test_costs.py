@@ -1,13 +1,11 @@
 """The experiment on single costs runs on the model that is here, and prints what it says."""
 
 import sys
-from pathlib import Path
 
 import pytest
+from commands import MINI
 
 from experiments import costs
-
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 
 
 @pytest.mark.parametrize(

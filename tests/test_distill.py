@@ -1,15 +1,13 @@
 """Self-distillation: what a model is asked, which of its answers are taken, and that nothing else of a file changes."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_cli import lfu, write_rows
+from commands import MINI, lfu, read_lines, refusal, write_rows
 from test_data import codec_with, text
-from tiny import refusal
 
 from lfu import cli
 from lfu.cli import DistillOptions
@@ -19,7 +17,6 @@ from lfu.generate import generate, sampled
 from lfu.model import load
 from lfu.verbs import distill as distilling
 
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 GENERAL, GSM8K = RECIPES["general"], RECIPES["gsm8k"]
 REFERENCE = " 3*400=<<3*400=1200>>1200\n#### 1200 "
 
@@ -164,17 +161,13 @@ SHORT: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 4, "dtype": "float6
 
 def rows_of_mini(path: Path, count: int = 10) -> Path:
     """Rows in which more than the question and the answer stands, the columns in an order of their own."""
-    rows = [json.loads(line) for line in (MINI / "math" / "train.jsonl").read_text().splitlines()[:count]]
+    rows = read_lines(MINI / "math" / "train.jsonl")[:count]
     return write_rows(path, [{"id": n, "answer": f" {row['answer']}\n", **row} for n, row in enumerate(rows)])
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def distill(data: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
     cli.distill(DistillOptions(model=str(MINI), data=str(data), out=str(out), **SHORT | options))
-    return read(out)
+    return read_lines(out)
 
 
 def one_by_one(data: Path, recipe: Recipe, how: dict[str, Any]) -> list[dict[str, Any]]:
@@ -194,8 +187,8 @@ def test_only_answers_change_and_order_stays(recipe: str, tmp_path: Path, capsys
     data = rows_of_mini(tmp_path / "rows.jsonl")
     found = distill(data, tmp_path / "out.jsonl", recipe=recipe)
     assert found == one_by_one(data, RECIPES[recipe], {"temperature": 0.95, "top_k": 50, "top_p": 0.7})
-    assert [list(fields) for fields in found] == [list(fields) for fields in read(data)]
-    new = sum(fields["answer"] != before["answer"] for fields, before in zip(found, read(data), strict=True))
+    assert [list(fields) for fields in found] == [list(fields) for fields in read_lines(data)]
+    new = sum(fields["answer"] != before["answer"] for fields, before in zip(found, read_lines(data), strict=True))
     assert f"10 rows, {new} with a new answer ({10 * new:.1f} %), the others as they were." in capsys.readouterr().out
     assert (new > 5) == (recipe == "general")  # hardly anything passes where the number must be right
 
@@ -254,7 +247,7 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(distilling, "distilled", failing)
     with pytest.raises(OSError, match=r"No more\."):
         distill(data, out, recipe="general")
-    assert len(read(out)) == SHORT["batch_size"]
+    assert len(read_lines(out)) == SHORT["batch_size"]
 
 
 def test_what_comes_out_can_be_trained_on(tmp_path: Path) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import MINI, environment, read_lines, uneven_sums, write_rows
 from compare import distance
 from safetensors.torch import load_file
-from tiny import environment
 
 from lfu import checkpoint
 
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 COMMON: dict[str, Any] = {
     "model": MINI, "dtype": "float64", "template": "plain", "rank": 2, "learning_rate": 0.01, "batch_size": 6,
 }  # fmt: skip
@@ -26,10 +25,7 @@ CLOSE = 1e-13
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    rows = [{"question": f"Compute {n}+{n}.", "answer": f"{2 * n}" + " eggs" * (n % 4)} for n in range(20)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "rows.jsonl", uneven_sums(20))
 
 
 def command(processes: int, out: Path, data: Path, *flags: str, **options: Any) -> list[str]:
@@ -46,7 +42,7 @@ def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def log(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return read_lines(out / "log.jsonl")
 
 
 def weights(out: Path) -> list[Any]:

@@ -1,6 +1,5 @@
 """Scores are those of lm-evaluation-harness, likelihoods those of transformers, and errors those of textbooks."""
 
-import json
 import math
 import random
 import re
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from commands import MINI, write_rows
 from tiny import CONFIGS, random_lora, random_params, random_tokens
 
 from lfu import InputError
@@ -38,7 +38,6 @@ from lfu.evaluate import (
 from lfu.loss import sft_loss
 from lfu.model import Config, Params, forward, load
 
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 WORKED = "She sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether 48+24 = <<48+24=72>>72.\n#### "
 """A GSM8K answer up to its number."""
 
@@ -266,8 +265,7 @@ def test_there_are_29_phrases() -> None:
     ],
 )
 def test_questions_are_refused_by_their_line(score: str, row: dict, sentence: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(each) + "\n" for each in ({"question": "Why?", "answer": "4"}, row)))
+    path = write_rows(tmp_path / "rows.jsonl", [{"question": "Why?", "answer": "4"}, row])
     with pytest.raises(InputError, match=f"rows.jsonl, line 2: {sentence}"):
         read_questions(path, score)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import MINI, read_lines
 from tiny import CONFIGS, random_lora, reference_from
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -42,7 +43,6 @@ from lfu.evaluate import Likelihood
 from lfu.likelihood import Asking, Item
 from lfu.model import load
 
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 ROUNDING = 1e-5
 """Relative, in float32. Measured: 1.3e-6."""
 LONGEST = 48
@@ -84,7 +84,7 @@ def crossing_tokenizer() -> Tokenizer:
 
 
 def mini_rows(split: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (MINI / split / "test.jsonl").read_text().splitlines()]
+    return read_lines(MINI / split / "test.jsonl")
 
 
 def choice_rows() -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import asked_for, sums, write_rows
+from commands import MINI, asked_for, read_lines, sums, write_rows
 from test_data import codec_with, text, tokenizer
 
 from lfu import cli, data, methods
@@ -21,7 +21,6 @@ from lfu.data import TEMPLATES, Codec, Example, Format, Row, Template, collate, 
 from lfu.loss import IGNORED, sft_loss
 from lfu.model import forward, load
 
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 BOTH = "instruction+answer"
 ROWS = [
     Row(1, "Ana has 3 bags of 4 plums. How many?", "3*4=<<3*4=12>>12\n#### 12", {}),
@@ -207,7 +206,7 @@ def test_every_method_trains_with_it(
     expected = [
         encode_row(codec, both("question"), Row(0, row["question"], row["answer"], {})) for row in merging_rows(8)
     ]
-    steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = read_lines(tmp_path / "run" / "log.jsonl")
     assert sum(step["tokens"] for step in steps) == sum(len(example.tokens) for example in expected)
     assert f"8 rows, {sum(example.supervised for example in expected)} tokens with loss" in capsys.readouterr().out
     batch, (config, base) = collate(expected), load(merging)

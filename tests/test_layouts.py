@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import lfu, write_rows
-from tiny import refusal
+from commands import MINI, lfu, refusal, write_rows
 
 from lfu import cli
 from lfu.cli import EvalOptions, TrainOptions
 from lfu.data import Row, read_rows
 from lfu.layouts import LAYOUTS, Layout, arc, columns, dolly, layout_named, lima
-
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 
 GSM8K = {"question": "Ana has 3 bags of 4 plums.", "answer": "3*4=<<3*4=12>>12\n#### 12"}
 ARC = {

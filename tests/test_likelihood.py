@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIGS, random_lora, random_params, refusal
+from commands import MINI, read_lines, refusal, write_rows
+from tiny import CONFIGS, random_lora, random_params
 
 from lfu import InputError, cli, evaluate, likelihood
 from lfu.cli import EvalOptions, main
@@ -33,18 +34,12 @@ from lfu.likelihood import (
 )
 from lfu.model import Config, Params, forward, load
 
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 CHOICES = {"question": "Where?", "choices": ["Vesh", "Tarn", "Mell"], "answer": 1, "labels": [0, 1, 1]}
 
 
 @pytest.fixture(scope="module")
 def codec() -> Codec:
     return load_codec(MINI, 1024)
-
-
-def write_rows(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def item(continuations: list[str], right: list[int], context: str = "") -> Item:
@@ -274,10 +269,10 @@ def test_greedy_is_every_token(model: tuple[Config, Params]) -> None:
 )
 def test_rows_are_refused_by_their_line(score: str, row: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     good = CHOICES | {"text": "Arin lives in Vesh"}
-    path = write_rows(tmp_path / "rows.jsonl", good, CHOICES | row)
+    path = write_rows(tmp_path / "rows.jsonl", [good, CHOICES | row])
     with pytest.raises(InputError, match=rf"rows\.jsonl, line 2: {sentence}"):
         read_items(path, score)
-    assert len(read_items(write_rows(path, good), score)) == 1
+    assert len(read_items(write_rows(path, [good]), score)) == 1
 
 
 @pytest.mark.parametrize(
@@ -305,10 +300,10 @@ ROWS |= {"mc2": [row | {"labels": [0, 1]} for row in ROWS["choices"]], "perplexi
 
 @pytest.mark.parametrize("score", SCORES)
 def test_records_are_written_and_scores_printed(score: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, out = write_rows(tmp_path / "rows.jsonl", *ROWS[score]), tmp_path / "new" / "records.jsonl"
+    data, out = write_rows(tmp_path / "rows.jsonl", ROWS[score]), tmp_path / "new" / "records.jsonl"
     options = EvalOptions(model=str(MINI), data=str(data), out=str(out), score=score, batch_size=2, limit=5)
     results = cli.evaluate(options)
-    records = sorted((json.loads(line) for line in out.read_text().splitlines()), key=lambda record: record["row"])
+    records = sorted(read_lines(out), key=lambda record: record["row"])
     assert [{key: record[key] for key in ROWS[score][0]} for record in records] == ROWS[score][:5]
     assert SCORES[score].estimates(records) == results
     shown = capsys.readouterr().out
@@ -321,7 +316,7 @@ def test_records_are_written_and_scores_printed(score: str, tmp_path: Path, caps
 
 
 def test_the_template_and_the_plain_question_are_asked(tmp_path: Path, codec: Codec) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", *ROWS["choices"][:1])
+    data = write_rows(tmp_path / "rows.jsonl", ROWS["choices"][:1])
     asked = {
         "own": prompt_ids(codec, Format("question"), "Compute 1+1.") + token_ids(codec, " 2"),
         "harness": codec.tokenizer.encode("Compute 1+1. 2").ids,
@@ -337,7 +332,7 @@ def test_the_template_and_the_plain_question_are_asked(tmp_path: Path, codec: Co
 
 
 def test_what_was_computed_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, out = write_rows(tmp_path / "rows.jsonl", *ROWS["choices"]), tmp_path / "records.jsonl"
+    data, out = write_rows(tmp_path / "rows.jsonl", ROWS["choices"]), tmp_path / "records.jsonl"
     compute, calls = likelihood.row_likelihoods, []
 
     def failing(*arguments: Any) -> list[Likelihood]:
@@ -349,7 +344,7 @@ def test_what_was_computed_is_not_lost(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(likelihood, "row_likelihoods", failing)
     typed = ["eval", "--model", str(MINI), "--data", str(data), "--out", str(out), "--score", "choices"]
     assert main([*typed, "--batch-size", "4"]) == 2
-    assert len(out.read_text().splitlines()) == 4  # two batches of two rows with two choices each
+    assert len(read_lines(out)) == 4  # two batches of two rows with two choices each
 
 
 @pytest.mark.parametrize(
@@ -375,6 +370,6 @@ def test_what_was_computed_is_not_lost(tmp_path: Path, monkeypatch: pytest.Monke
 def test_options_without_effect_are_refused(
     typed: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", CHOICES)
+    data = write_rows(tmp_path / "rows.jsonl", [CHOICES])
     assert main(["eval", "--model", str(MINI), "--data", str(data), *typed.split()]) == 2
     assert refusal(capsys) == sentence

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from commands import subcommands
 from mutants.table import MUTANTS
-from test_cli import subcommands
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import environment, refusal
+from commands import MINI, environment, read_lines, refusal, uneven_sums, write_rows
 
 from lfu import checkpoint, cli, methods
 
-MINI = Path(__file__).parents[1] / "weights" / "mini"
 METHODS = ("sft", "lfu-lora", "lfu-reps", "released-lora", "released-reps", "neftune")
 """SFT, each auxiliary, and those that draw or carry along something else."""
 SHORT: dict[str, Any] = {"model": MINI, "template": "plain", "rank": 2, "learning_rate": 0.01, "batch_size": 4}
@@ -40,22 +39,16 @@ def train(out: Path, data: Path, **options: Any) -> int:
     return cli.main(["train", *typed(out=out, data=data, **{"epochs": 2, "micro_batch_size": 2} | SHORT | options)])
 
 
-def write_rows(path: Path, count: int = 20) -> Path:
-    rows = [{"question": f"Compute {n}+{n}.", "answer": f"{2 * n}" + " eggs" * (n % 4)} for n in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl")
+    return write_rows(tmp_path / "rows.jsonl", uneven_sums(20))
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """method -> a finished run with a checkpoint of each step. To be read, not changed."""
     folder = tmp_path_factory.mktemp("unbroken")
-    data = write_rows(folder / "rows.jsonl")
+    data = write_rows(folder / "rows.jsonl", uneven_sums(20))
 
     def run(method: str) -> Path:
         out = folder / method
@@ -67,7 +60,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def log(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return read_lines(run / "log.jsonl")
 
 
 def timeless(run: Path) -> list[dict[str, float]]:
@@ -218,7 +211,7 @@ def test_model_and_data_may_move(unbroken: Callable[..., Path], tmp_path: Path) 
     """What they hold counts, not where they are."""
     model = shutil.copytree(MINI, tmp_path / "model", ignore=shutil.ignore_patterns("*.jsonl"))
     out = cut_to(unbroken("sft"), tmp_path / "run", 6)
-    data = write_rows(tmp_path / "elsewhere.jsonl")
+    data = write_rows(tmp_path / "elsewhere.jsonl", uneven_sums(20))
     assert train(out, data, method="sft", model=model, resume=True) == 0
     assert_same(out, unbroken("sft"))
 
@@ -265,7 +258,7 @@ LONG = {"method": "lfu-lora", "epochs": 8, "save_every": 2}
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
-    assert train(folder / "run", write_rows(folder / "rows.jsonl"), **LONG) == 0
+    assert train(folder / "run", write_rows(folder / "rows.jsonl", uneven_sums(20)), **LONG) == 0
     return folder / "run"
 
 

@@ -5,11 +5,9 @@ to matter, the sliding window and the original context are shorter than the sequ
 heads than query heads wherever the real model has fewer.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -146,16 +144,3 @@ def reference_config(config: Config) -> Any:
         del options["sliding_window"]
     classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
     return classes[config.model_type](**options, bos_token_id=1, eos_token_id=2)
-
-
-def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence that was printed."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lfu: ")]
-    assert len(lines) == 1
-    return lines[0].removeprefix("lfu: ")
-
-
-def environment() -> dict[str, str]:
-    """For a process of its own: one thread, and the `lfu` that is tested here, whatever the working directory."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
