@@ -8,7 +8,7 @@ where it stopped. Methods are those of `lfu.methods`, and those that are not gra
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -217,7 +217,7 @@ def measurements(here: World, adapters: list[Adapter], spec: Spec, form: Format)
         "scores": partial(scores, here, adapters, spec.split, form),
         "prompts": partial(prompt_scores, here, adapters),
         "noise": partial(noise_similarity, here, adapters),
-        "squares": partial(state_squares, here, adapters),
+        "squares": partial(task_squares, here, adapters),
         "attack": partial(attack, here, adapters, spec, form),
     }
     return {name: measure[name]() for name in spec.measures}
@@ -269,13 +269,21 @@ def noise_similarity(here: World, adapters: list[Adapter]) -> list[float]:
     return (totals / tokens).tolist()
 
 
-def state_squares(here: World, adapters: list[Adapter]) -> list[float]:
-    """Mean square of h_l, mean over the positions of the training rows that predict an answer token."""
-    totals, count = torch.zeros(here.config.num_hidden_layers), 0
-    for row in rows_of("math", "train"):
-        batch = data.collate([data.encode_row(here.codec, Format("question"), row)])
+def task_squares(here: World, adapters: list[Adapter]) -> list[float]:
+    """`state_squares` of the training rows."""
+    examples = [data.encode_row(here.codec, Format("question"), row) for row in rows_of("math", "train")]
+    return state_squares(here.config, here.base, examples, adapters)
+
+
+def state_squares(
+    config: Config, base: Params, examples: Iterable[Example], adapters: Sequence[Adapter] = ()
+) -> list[float]:
+    """Mean square of each block's states over the positions that predict an answer token."""
+    totals, count = torch.zeros(config.num_hidden_layers), 0
+    for example in examples:
+        batch = data.collate([example])
         mask = predicts(batch.labels)
-        hidden = model.trunk(here.config, here.base, model.embed(here.base, batch.tokens), adapters)
+        hidden = model.trunk(config, base, model.embed(base, batch.tokens), adapters)
         totals += torch.stack([state[mask].square().mean(-1).sum() for state in hidden])
         count += int(mask.sum())
     return (totals / count).tolist()

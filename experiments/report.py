@@ -21,6 +21,7 @@ from lfu.bench import spread
 from lfu.evaluate import WORDINGS
 
 COLUMNS = [*SPLITS, "average", "balance"]
+GRADIENT = ["gradient norm", "clipped steps"]
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 """Quantiles of Student's t at 97.5 %, for 1, 2, ... degrees of freedom."""
 
@@ -171,14 +172,20 @@ def group_table(look_up: plan.LookUp, groups: dict[Any, list[Spec]], published: 
     def cells(name: Any, specs: list[Spec]) -> list[str]:
         runs = [look_up(spec) for spec in specs]
         if any("diverged" in run for run in runs):
-            own = ["diverged"] * (len(COLUMNS) + 1)
+            own = ["diverged"] * (len(COLUMNS) + 2)
         else:
-            own = [*averages(look_up, specs), f"{100 * mean([run['training']['clipped'] for run in runs]).value:.0f} %"]
+            own = [*averages(look_up, specs), *gradient_cells(runs)]
         return [f"{name}", f"{len(specs)}", *own, " / ".join(f"{value:.1f}" for value in published.get(name, ()))]
 
     return markdown(
-        [head, "seeds", *COLUMNS, "clipped steps", "paper"], [cells(name, specs) for name, specs in groups.items()]
+        [head, "seeds", *COLUMNS, *GRADIENT, "paper"], [cells(name, specs) for name, specs in groups.items()]
     )
+
+
+def gradient_cells(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Of these runs: the norm of the gradient, mean over the steps, and how many of the steps were clipped."""
+    norm, clipped = (mean([run["training"][key] for run in runs]).value for key in ("gradient_norm", "clipped"))
+    return [f"{norm:.2f}", f"{100 * clipped:.0f} %"]
 
 
 def tables_6_and_11(look_up: plan.LookUp, choices: plan.Choices) -> str:
@@ -319,17 +326,8 @@ def causes_table(look_up: plan.LookUp, choices: plan.Choices) -> str:
     for row, groups in plan.causes(choices).items():
         changes += [f"{row}:", difference_table(look_up, groups, "as chosen")]
         for cause, specs in groups.items():
-            own = averages(look_up, specs)
-            training = [look_up(spec)["training"] for spec in specs]
-            rows.append(
-                [
-                    row,
-                    cause,
-                    *own,
-                    *(f"{mean([t[key] for t in training]).value:.2f}" for key in ("gradient_norm", "clipped")),
-                ]
-            )
-    table = markdown(["method", "setting", *COLUMNS, "gradient norm", "clipped steps"], rows)
+            rows.append([row, cause, *averages(look_up, specs), *gradient_cells([look_up(spec) for spec in specs])])
+    table = markdown(["method", "setting", *COLUMNS, *GRADIENT], rows)
     return "\n\n".join(
         [table, "Difference from the setting as chosen, paired by seed, in percentage points:", *changes]
     )

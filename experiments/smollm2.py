@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments.markdown import markdown
+from experiments.mini import state_squares
 from lfu import checkpoint, cli, model
 from lfu.checkpoint import read_json
 from lfu.data import (
@@ -172,6 +173,8 @@ def run_one(paths: Paths, bench: Bench, name: str) -> None:
     score_once(folder / "held.json", partial(nll_scores, bench, adapters, bench.held))
     score_once(folder / "scores.json", partial(scores, bench, adapters))
     score_once(folder / "prompts.json", partial(prompt_scores, bench, adapters))
+    if name == "base" and not (folder / "squares.json").is_file():
+        checkpoint.write_json(folder / "squares.json", squares(bench))
 
 
 def adapters_of(paths: Paths, bench: Bench, name: str) -> list[Adapter]:
@@ -310,12 +313,19 @@ def row_divergences(bench: Bench, examples: Sequence[Example], adapters: list[Ad
     return sum_rows(mask, F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1))
 
 
+def squares(bench: Bench) -> dict[str, list[float]]:
+    """How large each block's states are in the base model: where an answer is predicted, and in whole rows."""
+    answers = [encode_row(bench.codec, Format(), row) for row in bench.held]
+    sets = {"answers": answers, "rows": [example._replace(prompt=0) for example in answers]}
+    return {name: state_squares(bench.config, bench.base, examples) for name, examples in sets.items()}
+
+
 # --- tables ----------------------------------------------------------------------------------------
 
 
 def table(out: Path) -> str:
-    """Per regime a row for each setting, over its seeds; then the way of each run."""
-    return "\n\n".join([*(regime_table(out, regime) for regime in REGIMES), curves(out)])
+    """Per regime a row for each setting, over its seeds; then the way of each run, and how large the states are."""
+    return "\n\n".join([*(regime_table(out, regime) for regime in REGIMES), curves(out), squares_table(out)])
 
 
 def regime_table(out: Path, regime: str) -> str:
@@ -363,6 +373,14 @@ def curves(out: Path) -> str:
             norm = statistics.median(step["gradient_norm"] for step in log)
             lines.append(f"- {name}, gradient {norm:.2g}, test NLL after step {', '.join(values)}")
     return "\n".join(lines)
+
+
+def squares_table(out: Path) -> str:
+    """The size of the base model's states, if it is known."""
+    path = out / "base" / "squares.json"
+    found = read_json(path) if path.is_file() else {}
+    rows = [[name, *(f"{square:.3g}" for square in squares)] for name, squares in found.items()]
+    return markdown(["mean square", *(str(block) for block in range(1, 1 + len(rows[0][1:])))], rows) if rows else ""
 
 
 def main() -> None:

@@ -1,0 +1,103 @@
+"""The experiment on a real model, run on the miniature one: what is trained, scored, chosen and shown."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import MINI, sums, uneven_sums, write_rows
+
+from experiments import smollm2
+from experiments.smollm2 import Paths, load_bench, run_all, table
+from lfu import InputError, checkpoint, model
+from lfu.checkpoint import read_json
+from lfu.lora import load as load_adapter
+
+SMALL: dict[str, Any] = {
+    "TEST_ROWS": 4,
+    "CURVE_ROWS": 2,
+    "MATCH_ROWS": 2,
+    "PROMPT_ROWS": 2,
+    "HELD_BACK": slice(32, 36),
+    "WINDOW": 16,
+    "WINDOWS": 2,
+    "TOPICS": smollm2.TOPICS[:1],
+    "FORMS": smollm2.FORMS[:3],
+    "REGIMES": {"small": {"limit": 32, "epochs": 3, "learning_rate": 0.1, "save_every": 2, "keep": 9}},
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
+    folder = tmp_path_factory.mktemp("smollm2")
+    write_rows(folder / "train.jsonl", uneven_sums(36))
+    write_rows(folder / "test.jsonl", sums(6))
+    (folder / "text").write_text("The sea is wide. " * 40)
+    return Paths(MINI, folder, folder / "text", folder / "runs")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SMALL.items():
+        monkeypatch.setattr(smollm2, name, value)
+
+
+@pytest.fixture
+def out(paths: Paths) -> Path:
+    run_all(paths, ["base", "small-sft-42", "small-stopped-42"])
+    return paths.out
+
+
+def test_the_base_model_has_not_drifted_and_what_is_trained_has(out: Path) -> None:
+    base, tuned = (read_json(out / name / "scores.json") for name in ("base", "small-sft-42"))
+    assert base["drift"]["mean"] == base["drift"]["error"] == 0
+    assert tuned["drift"]["mean"] > 0.01
+    assert {name: base[name]["n"] for name in base} == {name: tuned[name]["n"] for name in tuned}
+
+
+def test_drift_is_the_divergence_of_the_distributions(paths: Paths, out: Path) -> None:
+    bench, last = load_bench(paths), out / "small-sft-42" / "adapter"
+    sums, tokens = 0.0, 0
+    for example in bench.drift:
+        given = torch.tensor([example.tokens])
+        base, tuned = (
+            model.forward(bench.config, bench.base, given, adapters)[0][0, example.prompt - 1 : -1].softmax(-1)
+            for adapters in ([], [load_adapter(last, bench.config)])
+        )
+        sums += float((base * (base / tuned).log()).sum())
+        tokens += len(base)
+    drift = read_json(out / "small-sft-42" / "scores.json")["drift"]
+    assert drift["n"] == tokens
+    assert drift["mean"] == pytest.approx(sums / tokens, rel=1e-5)
+
+
+def test_stopping_in_time_takes_the_checkpoint_that_is_best_on_the_rows_held_back(out: Path) -> None:
+    held = {path.name: read_json(path)["nll"]["mean"] for path in (out / "small-sft-42").glob("held-step-*.json")}
+    assert len(held) == len(checkpoint.checkpoints(out / "small-sft-42")) == 3
+    assert len(set(held.values())) == 3
+    assert read_json(out / "small-stopped-42" / "held.json")["nll"]["mean"] == min(held.values())
+
+
+def test_a_second_time_nothing_is_scored_again(paths: Paths, out: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")}
+    run_all(paths, ["base", "small-sft-42", "small-stopped-42"])
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")} == before
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(
+    paths: Paths, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(smollm2.REGIMES["small"], "learning_rate", 0.01)
+    with pytest.raises(InputError, match="learning-rate was 0.1 and is 0.01"):
+        run_all(paths, ["small-sft-42"])
+
+
+def test_the_table_has_a_row_for_each_setting_and_a_line_for_each_run(out: Path) -> None:
+    lines = table(out).splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|") for line in lines if line.startswith("|")}
+    assert list(cells) == ["small", "---", "base", "sft", "stopped", "mean square", "answers", "rows"]
+    tuned = read_json(out / "small-sft-42" / "scores.json")["nll"]
+    assert cells["sft"][2].strip() == f"{tuned['mean']:.3f} ± {tuned['error']:.3f}"
+    (curve,) = (line for line in lines if line.startswith("- small-sft-42"))
+    along = read_json(out / "small-sft-42" / "nll-step-2.json")["nll"]["mean"]
+    assert f"test NLL after step 2: {along:.3f}, 4: " in curve
