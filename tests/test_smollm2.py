@@ -88,7 +88,7 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(
     paths: Paths, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(smollm2.REGIMES["small"], "learning_rate", 0.01)
-    with pytest.raises(InputError, match="learning-rate was 0.1 and is 0.01"):
+    with pytest.raises(InputError, match=r"learning-rate was 0\.1 and is 0\.01\."):
         run_all(paths, ["small-sft-42"])
 
 
