@@ -325,7 +325,7 @@ def squares(bench: Bench) -> dict[str, list[float]]:
 
 def table(out: Path) -> str:
     """Per regime a row for each setting, over its seeds; then the way of each run, and how large the states are."""
-    return "\n\n".join([*(regime_table(out, regime) for regime in REGIMES), curves(out), squares_table(out)])
+    return "\n\n".join([*(regime_table(out, regime) for regime in REGIMES), curves(out), size_lines(out)])
 
 
 def regime_table(out: Path, regime: str) -> str:
@@ -375,12 +375,14 @@ def curves(out: Path) -> str:
     return "\n".join(lines)
 
 
-def squares_table(out: Path) -> str:
-    """The size of the base model's states, if it is known."""
+def size_lines(out: Path) -> str:
+    """The mean square of the base model's states by block, if it is known."""
     path = out / "base" / "squares.json"
     found = read_json(path) if path.is_file() else {}
-    rows = [[name, *(f"{square:.3g}" for square in squares)] for name, squares in found.items()]
-    return markdown(["mean square", *(str(block) for block in range(1, 1 + len(rows[0][1:])))], rows) if rows else ""
+    return "\n".join(
+        f"- mean square, {name}: {statistics.mean(squares):.4g}; by block {', '.join(f'{s:.3g}' for s in squares)}"
+        for name, squares in found.items()
+    )
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from experiments import smollm2
 from experiments.smollm2 import Paths, load_bench, run_all, table
 from lfu import InputError, checkpoint, model
 from lfu.checkpoint import read_json
+from lfu.data import Format, encode_row
 from lfu.lora import load as load_adapter
 
 SMALL: dict[str, Any] = {
@@ -71,6 +72,20 @@ def test_drift_is_the_divergence_of_the_distributions(paths: Paths, out: Path) -
     assert drift["mean"] == pytest.approx(sums / tokens, rel=1e-5)
 
 
+def test_the_size_of_the_states_is_taken_where_an_answer_is_predicted_and_in_whole_rows(
+    paths: Paths, out: Path
+) -> None:
+    bench, answers, rows = load_bench(paths), [], []
+    for row in bench.held:
+        example = encode_row(bench.codec, Format(), row)
+        hidden = torch.stack(model.forward(bench.config, bench.base, torch.tensor([example.tokens]))[1])[:, 0, :-1]
+        answers.append(hidden[:, example.prompt - 1 :].square())
+        rows.append(hidden.square())
+    sizes = read_json(out / "base" / "squares.json")
+    assert sizes["answers"] == pytest.approx(torch.cat(answers, 1).mean((1, 2)).tolist())
+    assert sizes["rows"] == pytest.approx(torch.cat(rows, 1).mean((1, 2)).tolist())
+
+
 def test_stopping_in_time_takes_the_checkpoint_that_is_best_on_the_rows_held_back(out: Path) -> None:
     held = {path.name: read_json(path)["nll"]["mean"] for path in (out / "small-sft-42").glob("held-step-*.json")}
     assert len(held) == len(checkpoint.checkpoints(out / "small-sft-42")) == 3
@@ -95,9 +110,10 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(
 def test_the_table_has_a_row_for_each_setting_and_a_line_for_each_run(out: Path) -> None:
     lines = table(out).splitlines()
     cells = {line.split("|")[1].strip(): line.split("|") for line in lines if line.startswith("|")}
-    assert list(cells) == ["small", "---", "base", "sft", "stopped", "mean square", "answers", "rows"]
+    assert list(cells) == ["small", "---", "base", "sft", "stopped"]
     tuned = read_json(out / "small-sft-42" / "scores.json")["nll"]
     assert cells["sft"][2].strip() == f"{tuned['mean']:.3f} ± {tuned['error']:.3f}"
     (curve,) = (line for line in lines if line.startswith("- small-sft-42"))
     along = read_json(out / "small-sft-42" / "nll-step-2.json")["nll"]["mean"]
     assert f"test NLL after step 2: {along:.3f}, 4: " in curve
+    assert [line.split(":")[0] for line in lines[-2:]] == ["- mean square, answers", "- mean square, rows"]
