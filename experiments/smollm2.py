@@ -133,6 +133,10 @@ COLUMNS = {  # of the table: head, factor, digits
 }
 
 
+ALONG = {"test NLL after step": "nll", "held back": "held", "drift": "drift"}
+"""Of the list of runs: title and name of what was measured along the way; test NLL is that of the first CURVE_ROWS."""
+
+
 class Bench(NamedTuple):
     """The model and what it is scored on, loaded once."""
 
@@ -143,6 +147,9 @@ class Bench(NamedTuple):
     held: list[Row]
     wikitext: list[Example]
     drift: list[Example]
+
+
+Measure = Callable[[Bench, list[Adapter]], dict[str, Estimate]]
 
 
 @dataclass(frozen=True)
@@ -185,22 +192,30 @@ def adapters_of(paths: Paths, bench: Bench, name: str) -> list[Adapter]:
         return [stopped_in_time(bench, paths.out / name.replace("stopped", "sft"))]
     last = cli.train(options_of(paths, name))
     for step in checkpoint.checkpoints(paths.out / name):
-        score_checkpoint(bench, step, "nll", bench.test[:CURVE_ROWS])
+        score_checkpoint(bench, step, "nll", partial(nll_scores, rows=bench.test[:CURVE_ROWS]))
     return [load_adapter(last, bench.config)]
 
 
 def stopped_in_time(bench: Bench, run: Path) -> Adapter:
-    """The best checkpoint of a finished run by the rows held back."""
-    steps = checkpoint.checkpoints(run)
-    best = min(steps, key=lambda step: score_checkpoint(bench, step, "held", bench.held))
-    return load_adapter(best, bench.config)
+    """The best checkpoint of a finished run by the rows held back; how far each has drifted is measured too."""
+    held = {}
+    for step in checkpoint.checkpoints(run):
+        held[step] = score_checkpoint(bench, step, "held", partial(nll_scores, rows=bench.held))
+        score_checkpoint(bench, step, "drift", drift_scores)
+    return load_adapter(min(held, key=held.__getitem__), bench.config)
 
 
-def score_checkpoint(bench: Bench, step: Path, name: str, rows: list[Row]) -> float:
-    """The answer NLL of these rows, kept in the run's folder."""
+def score_checkpoint(bench: Bench, step: Path, name: str, measure: Measure) -> float:
+    """One score of a checkpoint, kept in the run's folder."""
     path = step.parent.parent / f"{name}-{step.name}.json"
-    score_once(path, lambda: nll_scores(bench, [load_adapter(step, bench.config)], rows))
-    return read_json(path)["nll"]["mean"]
+    score_once(path, lambda: measure(bench, [load_adapter(step, bench.config)]))
+    return mean_of(path)
+
+
+def mean_of(path: Path) -> float:
+    """Of a file with one score."""
+    (score,) = read_json(path).values()
+    return score["mean"]
 
 
 def options_of(paths: Paths, name: str) -> cli.TrainOptions:
@@ -260,7 +275,7 @@ def scores(bench: Bench, adapters: list[Adapter]) -> dict[str, Estimate]:
     return {
         **nll_scores(bench, adapters, bench.test),
         "wikitext": answer_nll(bench.config, bench.base, bench.wikitext, adapters, batch_size=8),
-        "drift": drift(bench, adapters),
+        **drift_scores(bench, adapters),
         **match_scores(bench, adapters),
     }
 
@@ -296,9 +311,9 @@ def asked(codec: Codec, wording: str, row: Row) -> Example:
     return Example([*prompt, *token_ids(codec, f" {row.answer}"), codec.eos], len(prompt), row.number)
 
 
-def drift(bench: Bench, adapters: list[Adapter]) -> Estimate:
+def drift_scores(bench: Bench, adapters: list[Adapter]) -> dict[str, Estimate]:
     """Mean KL(base ‖ tuned) per answer token, in nats; the standard error is over prompts."""
-    return per_token(bench.drift, lambda batch: row_divergences(bench, batch, adapters), batch_size=10)
+    return {"drift": per_token(bench.drift, lambda batch: row_divergences(bench, batch, adapters), batch_size=10)}
 
 
 def row_divergences(bench: Bench, examples: Sequence[Example], adapters: list[Adapter]) -> list[float]:
@@ -363,16 +378,21 @@ def cell(values: list[dict[str, float]], factor: float, digits: int) -> str:
 
 
 def curves(out: Path) -> str:
-    """Of each run: test NLL along the way, on the first CURVE_ROWS rows, and the median norm of its gradients."""
+    """Of each run: the median norm of its gradients, and what was measured along the way."""
     lines = []
     for name in RUNS:
-        steps = sorted((out / name).glob("nll-step-*.json"), key=lambda path: int(path.stem.split("-")[-1]))
-        values = [f"{path.stem.split('-')[-1]}: {read_json(path)['nll']['mean']:.3f}" for path in steps]
-        if values:
+        ways = [f"{title} {way}" for title, kind in ALONG.items() if (way := along(out / name, kind))]
+        if ways:
             log = map(json.loads, (out / name / "log.jsonl").read_text().splitlines())
             norm = statistics.median(step["gradient_norm"] for step in log)
-            lines.append(f"- {name}, gradient {norm:.2g}, test NLL after step {', '.join(values)}")
+            lines.append(f"- {name}, gradient {norm:.2g}, {'; '.join(ways)}")
     return "\n".join(lines)
+
+
+def along(run: Path, kind: str) -> str:
+    """One score after each step at which it was measured."""
+    values = {int(path.stem.split("-")[-1]): mean_of(path) for path in run.glob(f"{kind}-step-*.json")}
+    return ", ".join(f"{step}: {value:.3f}" for step, value in sorted(values.items()))
 
 
 def size_lines(out: Path) -> str:

@@ -91,6 +91,8 @@ def test_stopping_in_time_takes_the_checkpoint_that_is_best_on_the_rows_held_bac
     assert len(held) == len(checkpoint.checkpoints(out / "small-sft-42")) == 3
     assert len(set(held.values())) == 3
     assert read_json(out / "small-stopped-42" / "held.json")["nll"]["mean"] == min(held.values())
+    last = read_json(out / "small-sft-42" / "drift-step-6.json")["drift"]
+    assert last == read_json(out / "small-sft-42" / "scores.json")["drift"]
 
 
 def test_a_second_time_nothing_is_scored_again(paths: Paths, out: Path) -> None:
@@ -116,4 +118,5 @@ def test_the_table_has_a_row_for_each_setting_and_a_line_for_each_run(out: Path)
     (curve,) = (line for line in lines if line.startswith("- small-sft-42"))
     along = read_json(out / "small-sft-42" / "nll-step-2.json")["nll"]["mean"]
     assert f"test NLL after step 2: {along:.3f}, 4: " in curve
+    assert "; held back 2: " in curve and "; drift 2: " in curve
     assert [line.split(":")[0] for line in lines[-2:]] == ["- mean square, answers", "- mean square, rows"]
