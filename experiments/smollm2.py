@@ -12,8 +12,8 @@ Scores: answer NLL and exact match on GSM8K's test set; NLL of WikiText-2's vali
 KL(base ‖ tuned) per token on the base model's own greedy answers to 200 prompts that are not mathematics; answer NLL
 under the five prompts of the paper's appendix C.4 (which has exact match: too rare with this model); and answer NLL on
 training rows that no run trains on, to choose α and λ by, SFT's learning rate in the small regime, and when to stop it.
-Along the way every checkpoint has test NLL on fewer rows; those of the SFT runs that are stopped in time, the NLL of the
-rows held back and the drift too.
+Along the way every checkpoint has test NLL on fewer rows; those of an SFT run that is stopped in time have the NLL of
+the rows held back and the drift too.
 """
 
 import argparse
