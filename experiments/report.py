@@ -172,14 +172,13 @@ def group_table(look_up: plan.LookUp, groups: dict[Any, list[Spec]], published: 
     def cells(name: Any, specs: list[Spec]) -> list[str]:
         runs = [look_up(spec) for spec in specs]
         if any("diverged" in run for run in runs):
-            own = ["diverged"] * (len(COLUMNS) + 2)
+            own = ["diverged"] * len([*COLUMNS, *GRADIENT])
         else:
             own = [*averages(look_up, specs), *gradient_cells(runs)]
         return [f"{name}", f"{len(specs)}", *own, " / ".join(f"{value:.1f}" for value in published.get(name, ()))]
 
-    return markdown(
-        [head, "seeds", *COLUMNS, *GRADIENT, "paper"], [cells(name, specs) for name, specs in groups.items()]
-    )
+    rows = [cells(name, specs) for name, specs in groups.items()]
+    return markdown([head, "seeds", *COLUMNS, *GRADIENT, "paper"], rows)
 
 
 def gradient_cells(runs: Sequence[dict[str, Any]]) -> list[str]:

@@ -58,18 +58,18 @@ def test_the_base_model_has_not_drifted_and_what_is_trained_has(out: Path) -> No
 
 def test_drift_is_the_divergence_of_the_distributions(paths: Paths, out: Path) -> None:
     bench, last = load_bench(paths), out / "small-sft-42" / "adapter"
-    sums, tokens = 0.0, 0
+    total, tokens = 0.0, 0
     for example in bench.drift:
         given = torch.tensor([example.tokens])
         base, tuned = (
             model.forward(bench.config, bench.base, given, adapters)[0][0, example.prompt - 1 : -1].softmax(-1)
             for adapters in ([], [load_adapter(last, bench.config)])
         )
-        sums += float((base * (base / tuned).log()).sum())
+        total += float((base * (base / tuned).log()).sum())
         tokens += len(base)
     drift = read_json(out / "small-sft-42" / "scores.json")["drift"]
     assert drift["n"] == tokens
-    assert drift["mean"] == pytest.approx(sums / tokens, rel=1e-5)
+    assert drift["mean"] == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_the_size_of_the_states_is_taken_where_an_answer_is_predicted_and_in_whole_rows(
