@@ -72,6 +72,7 @@ SETTINGS = {
     "lora50": {"method": "lfu-lora", "alpha": 0.1, "lam": 50.0},
     "reps1": {"method": "lfu-reps", "alpha": 0.1, "lam": 1.0},
     "reps10": {"method": "lfu-reps", "alpha": 0.1, "lam": 10.0},
+    "reps100": {"method": "lfu-reps", "alpha": 0.1, "lam": 100.0},
     "relative50": {"method": "lfu-lora", "alpha": 0.1, "lam": 50.0, "norm": "relative"},
     "relative500": {"method": "lfu-lora", "alpha": 0.1, "lam": 500.0, "norm": "relative"},
 }
@@ -82,7 +83,7 @@ REGIMES = {
 PUBLISHED = ("sft", "lora", "lora500", "reps")
 BASELINES = ("neftune", "gem", "im", "rlora", "rreps")
 GENTLER = ("sft3e4", "sft1e4")
-CANDIDATES = ("lora0.5", "lora50", "reps1", "reps10", "relative50", "relative500")
+CANDIDATES = ("lora0.5", "lora50", "reps1", "reps10", "reps100", "relative50", "relative500")
 SEEDS = (42, 43, 44)
 RUNS = [
     f"{regime}-{name}-{seed}"
@@ -93,8 +94,10 @@ RUNS = [
         (43, ("small",), ("stopped",)),
         (43, REGIMES, ("reps",)),
         (44, REGIMES, ("sft", "lora", "reps")),
+        (42, ("full",), (*BASELINES, "reps10", "lora0.5", "relative50")),
         (44, ("small",), ("stopped",)),
-        (42, ("full",), (*BASELINES, "lora0.5", "relative50")),
+        (43, ("small",), ("reps10",)),
+        (44, ("small",), ("reps10",)),
     )
     for regime, name in product(regimes, names)
 ]
@@ -182,8 +185,8 @@ def run_one(paths: Paths, bench: Bench, name: str) -> None:
     score_once(folder / "held.json", partial(nll_scores, bench, adapters, bench.held))
     score_once(folder / "scores.json", partial(scores, bench, adapters))
     score_once(folder / "prompts.json", partial(prompt_scores, bench, adapters))
-    if name == "base" and not (folder / "squares.json").is_file():
-        checkpoint.write_json(folder / "squares.json", squares(bench))
+    if name == "base":
+        kept(folder / "squares.json", partial(squares, bench))
 
 
 def adapters_of(paths: Paths, bench: Bench, name: str) -> list[Adapter]:
@@ -191,32 +194,31 @@ def adapters_of(paths: Paths, bench: Bench, name: str) -> list[Adapter]:
     if name == "base":
         return []
     if "-stopped-" in name:
-        return [stopped_in_time(bench, paths.out / name.replace("stopped", "sft"))]
+        steps = checkpoint.checkpoints(paths.out / name.replace("stopped", "sft"))
+        for step in steps:
+            score_checkpoint(bench, step, "drift", drift_scores)
+        return [stopped_in_time(bench, steps)]
     last = cli.train(options_of(paths, name))
     for step in checkpoint.checkpoints(paths.out / name):
         score_checkpoint(bench, step, "nll", partial(nll_scores, rows=bench.test[:CURVE_ROWS]))
     return [load_adapter(last, bench.config)]
 
 
-def stopped_in_time(bench: Bench, run: Path) -> Adapter:
-    """The best checkpoint of a finished run by the rows held back; how far each has drifted is measured too."""
-    held = {}
-    for step in checkpoint.checkpoints(run):
-        held[step] = score_checkpoint(bench, step, "held", partial(nll_scores, rows=bench.held))
-        score_checkpoint(bench, step, "drift", drift_scores)
+def stopped_in_time(bench: Bench, steps: list[Path]) -> Adapter:
+    """The best of a run's checkpoints by the rows held back."""
+    held = {step: score_checkpoint(bench, step, "held", partial(nll_scores, rows=bench.held)) for step in steps}
     return load_adapter(min(held, key=held.__getitem__), bench.config)
 
 
 def score_checkpoint(bench: Bench, step: Path, name: str, measure: Measure) -> float:
     """One score of a checkpoint, kept in the run's folder."""
     path = step.parent.parent / f"{name}-{step.name}.json"
-    score_once(path, lambda: measure(bench, [load_adapter(step, bench.config)]))
-    return mean_of(path)
+    return mean_of(score_once(path, lambda: measure(bench, [load_adapter(step, bench.config)])))
 
 
-def mean_of(path: Path) -> float:
-    """Of a file with one score."""
-    (score,) = read_json(path).values()
+def mean_of(scores: dict[str, dict[str, float]]) -> float:
+    """Of the only score in a file."""
+    (score,) = scores.values()
     return score["mean"]
 
 
@@ -234,12 +236,17 @@ def options_of(paths: Paths, name: str) -> cli.TrainOptions:
     )
 
 
-def score_once(path: Path, measure: Callable[[], dict[str, Estimate]]) -> None:
-    """Measure and write, unless it was measured before."""
+def score_once(path: Path, measure: Callable[[], dict[str, Estimate]]) -> dict[str, dict[str, float]]:
+    """Scores as they stand in their file."""
+    return kept(path, lambda: {name: value._asdict() for name, value in measure().items()})
+
+
+def kept(path: Path, make: Callable[[], dict]) -> dict:
+    """What `make` gives, made once: from then on it is read from the file."""
     if not path.is_file():
-        results = {name: value._asdict() for name, value in measure().items()}
-        checkpoint.write_json(path, results)
-        print(path, json.dumps(results), flush=True)
+        checkpoint.write_json(path, make())
+        print("Written:", path, flush=True)
+    return read_json(path)
 
 
 # --- scores ----------------------------------------------------------------------------------------
@@ -262,13 +269,13 @@ def windows(codec: Codec, path: Path) -> list[Example]:
 
 def base_answers(config: Config, base: Params, codec: Codec, out: Path) -> list[Example]:
     """The base model's greedy answers, at most 64 tokens, to prompts that are not mathematics; kept in a file."""
-    path = out / "base" / "answers.json"
     prompts = [prompt_ids(codec, Format(), form.format(topic)) for form, topic in product(FORMS, TOPICS)]
-    if not path.is_file():
+
+    def answers() -> dict[str, list[list[int]]]:
         completions = dict(generate(config, base, codec, prompts, max_new_tokens=64, batch_size=50))
-        checkpoint.write_json(path, {"answers": [completions[index].tokens for index in range(len(prompts))]})
-    answers = read_json(path)["answers"]
-    rows = zip(prompts, answers, strict=True)
+        return {"answers": [completions[index].tokens for index in range(len(prompts))]}
+
+    rows = zip(prompts, kept(out / "base" / "answers.json", answers)["answers"], strict=True)
     return [Example([*prompt, *answer], len(prompt), i) for i, (prompt, answer) in enumerate(rows) if answer]
 
 
@@ -393,7 +400,7 @@ def curves(out: Path) -> str:
 
 def along(run: Path, kind: str) -> str:
     """One score after each step at which it was measured."""
-    values = {int(path.stem.split("-")[-1]): mean_of(path) for path in run.glob(f"{kind}-step-*.json")}
+    values = {int(path.stem.split("-")[-1]): mean_of(read_json(path)) for path in run.glob(f"{kind}-step-*.json")}
     return ", ".join(f"{step}: {value:.3f}" for step, value in sorted(values.items()))
 
 
