@@ -30,7 +30,7 @@ walkthrough: $(VENV)/installed-docs
 walkthrough-check: $(VENV)/installed-docs
 	$(BIN)/python docs/execute.py --check
 
-# Random weights in the shape of Llama-3.1-8B, then of Mistral-7B (16 GB on disk each), and one LfU step of each kind.
+# Random weights in the shape of Llama-3.1-8B, then of Mistral-7B (16 and 15 GB on disk), and one LfU step of each kind.
 scale: $(VENV)/installed
 	$(BIN)/python -m experiments.scale step --shape llama-3.1-8b --folder $(FOLDER)/llama-3.1-8b
 	$(BIN)/python -m experiments.scale step --shape mistral-7b-v0.3 --folder $(FOLDER)/mistral-7b-v0.3

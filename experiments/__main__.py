@@ -50,7 +50,7 @@ def main() -> None:
         if not CHOICES.is_file():
             parser.error(f"{CHOICES} does not exist: run everything once, and put its choices.json there.")
         choices = plan.choices_from(json.loads(CHOICES.read_text()))
-        seeds = plan.MAIN_SEEDS[:1] if parsed.quick else plan.FEW_SEEDS
+        seeds = plan.ALL_SEEDS[:1] if parsed.quick else plan.FEW_SEEDS
         run_all(parsed.out, plan.main_table(choices, seeds), parsed.workers)
         print(report.main_tables(partial(result, parsed.out), choices, seeds))
     else:
@@ -79,7 +79,7 @@ def run_whole(out: Path, workers: int) -> None:
     run_all(out, plan.choosing(plan.TRIALS), workers)
     look_up = partial(result, out)
     choices = plan.choose(look_up, plan.TRIALS)
-    run_all(out, plan.main_table(choices, plan.MAIN_SEEDS), workers)
+    run_all(out, plan.main_table(choices, plan.ALL_SEEDS), workers)
     run_all(out, plan.choosing(plan.MORE_TRIALS), workers)
     choices |= plan.choose(look_up, plan.MORE_TRIALS)
     checkpoint.write_json(out / "choices.json", choices)

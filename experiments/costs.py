@@ -35,7 +35,7 @@ from lfu.model import Config, Layer, Linear, Params, Product
 
 RANK, ROWS, LENGTH, ANSWER = 8, 4, 200, 120
 NAMES = ("sft", "lfu-lora", "lfu-reps")
-Bench = tuple[Config, Params, Lora]
+Model = tuple[Config, Params, Lora]
 
 
 def main() -> None:
@@ -47,11 +47,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="for compiled: the first blocks alone (default: all)")
     parser.add_argument("--rounds", type=int, default=5)
     parsed = parser.parse_args()
+    if parsed.what == "padding" and parsed.data is None:
+        parser.error("padding needs --data")
     config, base = model.load(parsed.model, dtype=torch.bfloat16)
     verbs[parsed.what]((config, base, bench.fresh_task(config, base, RANK)), parsed)
 
 
-def one_step(here: Bench, name: str, rows: int, length: int, answer: int, **how: Any) -> tuple[Any, Work]:
+def one_step(here: Model, name: str, rows: int, length: int, answer: int, **how: Any) -> tuple[Any, Work]:
     """A bound method, and its gradient of a random batch."""
     config, base, task = here
     batch = bench.random_batch(config, rows, length, answer, 0, torch.device("cpu"))
@@ -62,7 +64,7 @@ def one_step(here: Bench, name: str, rows: int, length: int, answer: int, **how:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def remat(here: Bench, parsed: argparse.Namespace) -> None:
+def remat(here: Model, parsed: argparse.Namespace) -> None:
     """With and without --remat; and the expected peak over the one that is counted, for three shapes."""
     kinds = {f"{name}{' --remat' * again}": (name, again) for name in NAMES for again in (False, True)}
     works = {row: one_step(here, name, ROWS, LENGTH, ANSWER, remat=again)[1] for row, (name, again) in kinds.items()}
@@ -81,7 +83,7 @@ def remat(here: Bench, parsed: argparse.Namespace) -> None:
 # --- precision ------------------------------------------------------------------------------------
 
 
-def precision(here: Bench, parsed: argparse.Namespace) -> None:
+def precision(here: Model, parsed: argparse.Namespace) -> None:
     """The float32 parts computed in bfloat16, where gradients are not what they should be."""
     config, base, task = here
     batch = bench.random_batch(config, ROWS, LENGTH, ANSWER, 0, torch.device("cpu"))
@@ -147,7 +149,7 @@ class Clock(TorchDispatchMode):
         return result
 
 
-def operations(here: Bench, parsed: argparse.Namespace) -> None:
+def operations(here: Model, parsed: argparse.Namespace) -> None:
     """Shares of an SFT step's time in PyTorch's operations, on one thread."""
     torch.set_num_threads(1)
     _, work = one_step(here, "sft", ROWS, LENGTH, ANSWER)
@@ -158,7 +160,7 @@ def operations(here: Bench, parsed: argparse.Namespace) -> None:
         print(f"{name}: {seconds / clock.seconds.total():.1%}", flush=True)
 
 
-def padding(here: Bench, parsed: argparse.Namespace) -> None:
+def padding(here: Model, parsed: argparse.Namespace) -> None:
     """Three optimizer steps on real rows, over as many tokens in rows of one length."""
     config, base, task = here
     codec, settings = load_codec(parsed.model, config.vocab_size), train.Settings()
@@ -181,7 +183,7 @@ def padding(here: Bench, parsed: argparse.Namespace) -> None:
         print(f"step {step + 1}: {positions / sum(lengths):.2f} positions a token, time {ratio}", flush=True)
 
 
-def compiled(here: Bench, parsed: argparse.Namespace) -> None:
+def compiled(here: Model, parsed: argparse.Namespace) -> None:
     """Seconds of the first call of each compiled gradient, and its time over that of the plain one."""
     config, base, task = here
     blocks = parsed.blocks or config.num_hidden_layers

@@ -19,19 +19,12 @@ from pathlib import Path
 import torch
 
 from experiments.markdown import markdown
+from experiments.mini import MINI, SPLITS
 from lfu.cli import EvalOptions, TrainOptions, evaluate, train
 from lfu.evaluate import Estimate
 from lfu.methods import METHODS
 
-MINI = Path(__file__).parent.parent / "weights" / "mini"
 OUT = Path("runs") / "demo"
-TASKS = {
-    "math": ("two-step", "gsm8k"),
-    "neighbours": ("other math", "exact"),
-    "knowledge": ("knowledge", "exact"),
-    "reasoning": ("reasoning", "exact"),
-    "helpfulness": ("helpfulness", "exact"),
-}
 
 
 def main() -> None:
@@ -69,14 +62,16 @@ def fine_tune(method: str) -> Path:
 
 def scores(adapter: Path | None) -> dict[str, Estimate]:
     """Exact match on the held-out rows of every category."""
-    return {title: score(adapter, MINI / name / "test.jsonl", how) for name, (title, how) in TASKS.items()}
+    return {title: score(adapter, folder) for title, folder in SPLITS.items()}
 
 
-def score(adapter: Path | None, data: Path, how: str) -> Estimate:
+def score(adapter: Path | None, folder: str) -> Estimate:
+    """On one test split: the two-step problems by the rules of GSM8K, whose answers they have the form of."""
+    how, name = ("gsm8k", "strict") if folder == "math" else ("exact", "exact")
     options = EvalOptions(
         model=str(MINI),
         adapter=str(adapter) if adapter else None,
-        data=str(data),
+        data=str(MINI / folder / "test.jsonl"),
         score=how,
         template="question",
         nll=False,
@@ -84,8 +79,7 @@ def score(adapter: Path | None, data: Path, how: str) -> Estimate:
         batch_size=200,
     )
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        results = evaluate(options)
-    return results["strict" if how == "gsm8k" else "exact"]
+        return evaluate(options)[name]
 
 
 def table(rows: dict[str, dict[str, Estimate]]) -> str:

@@ -35,7 +35,7 @@ DRAWS = 2000
 """How many pairs of batches the statement about their lengths rests on."""
 
 
-class Bench(NamedTuple):
+class Case(NamedTuple):
     """A model in the middle of fine-tuning, a micro-batch, and another one."""
 
     config: Config
@@ -64,21 +64,21 @@ def main() -> None:
     codec = load_codec(parsed.model, model.read_config(parsed.model / "config.json").vocab_size)
     rows, form = read_rows(parsed.data), Format(parsed.template)
     examples = [encode_row(codec, form, row) for row in rows]
-    bench = load_bench(parsed.model, parsed.adapter, examples[:ROWS])
-    show("LfU (LoRA)", lora_rows(bench))
-    show("LfU (RepS)", reps_rows(bench))
-    show("One optimizer step of 16 rows, LfU (LoRA)", step_rows(bench, codec))
-    print(alongside_sft(bench))
+    case = load_case(parsed.model, parsed.adapter, examples[:ROWS])
+    show("LfU (LoRA)", lora_rows(case))
+    show("LfU (RepS)", reps_rows(case))
+    show("One optimizer step of 16 rows, LfU (LoRA)", step_rows(case, codec))
+    print(alongside_sft(case))
     print(lengths(examples))
     print(unmoved(Settings().learning_rate))
 
 
-def load_bench(folder: Path, adapter: Path | None, examples: list[Example]) -> Bench:
+def load_case(folder: Path, adapter: Path | None, examples: list[Example]) -> Case:
     config, base = model.load(folder, dtype=torch.float32)
     task = fidelity.starting_point(config, adapter)
     batch, other = (collate(examples[start : start + MICRO_BATCH]) for start in (0, MICRO_BATCH))
     # The padding of the other batch is compared in places, so it is the released one.
-    return Bench(config, base, task, examples, batch, released.padded(other))
+    return Case(config, base, task, examples, batch, released.padded(other))
 
 
 def show(title: str, rows: Rows) -> None:
@@ -95,23 +95,23 @@ def show(title: str, rows: Rows) -> None:
 # --- LfU (LoRA) -----------------------------------------------------------------------------------
 
 
-def lora_rows(bench: Bench) -> Rows:
-    alone = partial(lora_variant, bench)
+def lora_rows(case: Case) -> Rows:
+    alone = partial(lora_variant, case)
     yield "Algorithm 1", alone
-    yield "no consistency term: SFT", partial(sft_alone, bench)
+    yield "no consistency term: SFT", partial(sft_alone, case)
     yield "nothing but another draw of the auxiliary A", partial(alone, seed=2)
     yield "the task LoRA itself is moved, A and B", partial(alone, moved="task")
-    yield "the ascent direction comes from another batch", partial(alone, ascent_on=bench.other)
+    yield "the ascent direction comes from another batch", partial(alone, ascent_on=case.other)
     yield "K+1 states, the last behind the final norm", partial(alone, states=released.states)
     yield "at the answer's own tokens, not those that predict them", partial(alone, mask=answer)
     yield "the squared norm as printed, not divided by D", partial(alone, norm="sum")
-    yield "all of the released code (`released-lora`)", partial(by_method, bench, "released-lora")
-    yield "Algorithm 1 in bfloat16 throughout", partial(low, bench, "lfu-lora")
-    yield "`released-lora` in bfloat16 throughout", partial(low, bench, "released-lora")
+    yield "all of the released code (`released-lora`)", partial(by_method, case, "released-lora")
+    yield "Algorithm 1 in bfloat16 throughout", partial(low, case, "lfu-lora")
+    yield "`released-lora` in bfloat16 throughout", partial(low, case, "released-lora")
 
 
 def lora_variant(
-    bench: Bench,
+    case: Case,
     *,
     moved: str = "auxiliary",
     ascent_on: Batch | None = None,
@@ -122,7 +122,7 @@ def lora_variant(
     per_example: bool = False,
 ) -> Found:
     """Algorithm 1, written out in three passes, with one thing or another changed."""
-    config, base, task, _, batch, _ = bench
+    config, base, task, _, batch, _ = case
     alpha, lam = (PUBLISHED["lora"][name] for name in ("alpha", "lam"))
     aux = lora.init(config, RANK, generator=torch.Generator().manual_seed(seed))
     average = over_examples if per_example else over_tokens
@@ -171,25 +171,25 @@ def lora_variant(
 # --- LfU (RepS) -----------------------------------------------------------------------------------
 
 
-def reps_rows(bench: Bench) -> Rows:
-    alone = partial(reps_variant, bench)
-    random = torch.randn(steering.zeros(bench.config).shape, generator=torch.Generator().manual_seed(1))
+def reps_rows(case: Case) -> Rows:
+    alone = partial(reps_variant, case)
+    random = torch.randn(steering.zeros(case.config).shape, generator=torch.Generator().manual_seed(1))
     yield "Algorithm 2", alone
-    yield "no consistency term: SFT", partial(sft_alone, bench)
+    yield "no consistency term: SFT", partial(sft_alone, case)
     yield "random vectors of the same length, not an ascent step", partial(alone, vectors=random)
     yield "vectors at every position", partial(alone, everywhere=True)
     yield "the MLP's output is turned, its length kept (at every position)", partial(alone, turned=True)
     yield "the perturbed side is held constant, the clean side trained", partial(alone, trained="clean")
-    yield "the perturbed states are those of another batch", partial(alone, perturbed_on=bench.other)
+    yield "the perturbed states are those of another batch", partial(alone, perturbed_on=case.other)
     yield "K+1 states, the last behind the final norm", partial(alone, states=released.states)
     yield "at the answer's own tokens, not those that predict them", partial(alone, mask=answer)
-    yield "all of the released code (`released-reps`)", partial(by_method, bench, "released-reps")
-    yield "Algorithm 2 in bfloat16 throughout", partial(low, bench, "lfu-reps")
-    yield "`released-reps` in bfloat16 throughout", partial(low, bench, "released-reps")
+    yield "all of the released code (`released-reps`)", partial(by_method, case, "released-reps")
+    yield "Algorithm 2 in bfloat16 throughout", partial(low, case, "lfu-reps")
+    yield "`released-reps` in bfloat16 throughout", partial(low, case, "released-reps")
 
 
 def reps_variant(
-    bench: Bench,
+    case: Case,
     *,
     vectors: Tensor | None = None,
     everywhere: bool = False,
@@ -200,7 +200,7 @@ def reps_variant(
     mask: Callable[[Tensor], Tensor] = predicts,
 ) -> Found:
     """Algorithm 2, written out in three passes, with one thing or another changed."""
-    config, base, task, _, batch, _ = bench
+    config, base, task, _, batch, _ = case
     alpha, lam = (PUBLISHED["reps"][name] for name in ("alpha", "lam"))
     where = torch.ones_like if everywhere else predicts
 
@@ -258,49 +258,50 @@ def eq_6(sft: Any, consistency: Any, lam: float) -> Found:
     return Found(fidelity.flat(consistency), fidelity.flat(sft) + lam * fidelity.flat(consistency))
 
 
-def sft_alone(bench: Bench) -> Found:
+def sft_alone(case: Case) -> Found:
     """No consistency term at all."""
-    sft, _ = sft_gradient(bench.config, bench.base, bench.task, bench.batch, scale=SCALE)
+    sft, _ = sft_gradient(case.config, case.base, case.task, case.batch, scale=SCALE)
     return eq_6(sft, tree_map(torch.zeros_like, sft), 0.0)
 
 
-def by_method(bench: Bench, name: str, base: Params | None = None) -> Found:
-    """What a method of the project computes; second batches are drawn from the bench's other rows."""
-    base = base or bench.base
-    task = tree_map(partial(Tensor.to, dtype=model.stream_dtype(base)), bench.task)
+def by_method(case: Case, name: str, base: Params | None = None) -> Found:
+    """What a method of the project computes; second batches are drawn from the case's other rows."""
+    base = base or case.base
+    task = tree_map(partial(Tensor.to, dtype=model.stream_dtype(base)), case.task)
 
     def gradient(lam: float) -> Tensor:
-        method, _ = methods.bind(name, bench.config, scale=SCALE, lam=lam, examples=bench.examples[MICRO_BATCH:])
-        return fidelity.flat(method(bench.config, base, task, bench.batch, torch.Generator().manual_seed(1))[0])
+        method, _ = methods.bind(name, case.config, scale=SCALE, lam=lam, examples=case.examples[MICRO_BATCH:])
+        return fidelity.flat(method(case.config, base, task, case.batch, torch.Generator().manual_seed(1))[0])
 
     # The gradient is linear in λ, and a large λ keeps the digits of the consistency term.
     sft, total = gradient(0.0), gradient(fidelity.LAMBDA)
     return eq_6(sft, (total - sft) / fidelity.LAMBDA, methods.PUBLISHED[name]["lam"])
 
 
-def low(bench: Bench, name: str) -> Found:
+def low(case: Case, name: str) -> Found:
     """The same with weights, stream and adapters in bfloat16, both passes rounded on their own."""
-    base = tree_map(lambda tensor: None if tensor is None else tensor.bfloat16(), bench.base)
-    with fidelity.changed((fidelity.plain_products, fidelity.low_stream)):
-        return by_method(bench, name, base)
+    base = tree_map(lambda tensor: None if tensor is None else tensor.bfloat16(), case.base)
+    rounded = [partial(fidelity.plain_products, module) for module in ("lfu.train", "lfu.released")]
+    with fidelity.changed((*rounded, fidelity.low_stream)):
+        return by_method(case, name, base)
 
 
 # --- one optimizer step ---------------------------------------------------------------------------
 
 
-def step_rows(bench: Bench, codec: Codec) -> Rows:
-    rows = by_length(bench.examples)
+def step_rows(case: Case, codec: Codec) -> Rows:
+    rows = by_length(case.examples)
     newlines = token_ids(codec, "\n\n")
-    yield "four micro-batches of 4, by length, weighted by tokens", partial(step, bench, rows)
+    yield "four micro-batches of 4, by length, weighted by tokens", partial(step, case, rows)
     for size in (1, 2, 8):
-        yield f"micro-batches of {size}", partial(step, bench, rows, size)
-    yield "micro-batches not grouped by length", partial(step, bench, bench.examples)
-    yield "every micro-batch's consistency counts the same", partial(step, bench, rows, equal_consistency=True)
-    yield "means over each example first, as Eqs. 1 and 5 are printed", partial(step, bench, rows, per_example=True)
+        yield f"micro-batches of {size}", partial(step, case, rows, size)
+    yield "micro-batches not grouped by length", partial(step, case, case.examples)
+    yield "every micro-batch's consistency counts the same", partial(step, case, rows, equal_consistency=True)
+    yield "means over each example first, as Eqs. 1 and 5 are printed", partial(step, case, rows, per_example=True)
     longer = [Example([*row.tokens, *newlines], row.prompt, row.row) for row in rows]
-    yield "two newlines behind EOS carry loss too", partial(step, bench, longer)
+    yield "two newlines behind EOS carry loss too", partial(step, case, longer)
     if codec.bos:
-        yield "no BOS", partial(step, bench, [Example(row.tokens[1:], row.prompt - 1, row.row) for row in rows])
+        yield "no BOS", partial(step, case, [Example(row.tokens[1:], row.prompt - 1, row.row) for row in rows])
 
 
 def by_length(examples: Sequence[Example]) -> list[Example]:
@@ -308,7 +309,7 @@ def by_length(examples: Sequence[Example]) -> list[Example]:
 
 
 def step(
-    bench: Bench,
+    case: Case,
     examples: Sequence[Example],
     size: int = MICRO_BATCH,
     *,
@@ -317,7 +318,7 @@ def step(
 ) -> Found:
     """The gradient of an optimizer step, from micro-batches of this many rows in this order."""
     groups = [examples[start : start + size] for start in range(0, len(examples), size)]
-    parts = [lora_variant(bench._replace(batch=collate(group)), per_example=per_example) for group in groups]
+    parts = [lora_variant(case._replace(batch=collate(group)), per_example=per_example) for group in groups]
     tokens = [sum(example.supervised for example in group) for group in groups]
     shares = [count / sum(tokens) for count in tokens]
     equal = [1 / len(groups)] * len(groups)
@@ -334,14 +335,14 @@ def weighted(shares: list[float], parts: list[Tensor]) -> Tensor:
 # --- single facts ---------------------------------------------------------------------------------
 
 
-def alongside_sft(bench: Bench) -> str:
+def alongside_sft(case: Case) -> str:
     """How far the consistency gradient points where the SFT gradient points."""
-    sft = sft_alone(bench).whole
+    sft = sft_alone(case).whole
     found = {
-        "Algorithm 1": lora_variant(bench),
-        "with another batch's ascent direction": lora_variant(bench, ascent_on=bench.other),
-        "Algorithm 2": reps_variant(bench),
-        "with the sides swapped": reps_variant(bench, trained="clean"),
+        "Algorithm 1": lora_variant(case),
+        "with another batch's ascent direction": lora_variant(case, ascent_on=case.other),
+        "Algorithm 2": reps_variant(case),
+        "with the sides swapped": reps_variant(case, trained="clean"),
     }
     cosines = [f"{name} {fidelity.cosine(each.consistency, sft):.4f}" for name, each in found.items()]
     return f"Cosine of the consistency gradient with the SFT gradient: {', '.join(cosines)}."

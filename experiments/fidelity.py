@@ -46,9 +46,9 @@ LAMBDA = 1e12
 Gradients = dict[str, Tensor]
 
 
-def plain_products() -> Any:
-    """The perturbed pass computed as the clean one is, each rounded on its own."""
-    return patch("lfu.train.relative_to", lambda record: model.base_product)
+def plain_products(module: str = "lfu.train") -> Any:
+    """The perturbed pass computed as the clean one is, each rounded on its own, by the methods of this module."""
+    return patch(f"{module}.relative_to", lambda record: model.base_product)
 
 
 def low_stream() -> Any:

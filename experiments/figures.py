@@ -1,4 +1,7 @@
-"""The figures of the paper in miniature: scores by category, the attack, prompts, noise (Figures 2, 3, 5 and 6)."""
+"""The figures of the paper in miniature: scores by category, the attack, prompts, noise (Figures 2, 3, 5 and 6).
+
+One more shows what each trial learned and kept.
+"""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,7 +40,7 @@ def score_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
     figure, panels = plt.subplots(len(plan.DATAS), 1, figsize=(9, 7), sharex=True)
     for panel, data in zip(panels, plan.DATAS):
         for place, row in enumerate(plan.TRIALS):
-            specs = [report.main_spec(choices, data, row, seed) for seed in plan.MAIN_SEEDS]
+            specs = [report.main_spec(choices, data, row, seed) for seed in plan.ALL_SEEDS]
             scores = [report.mean(report.column(look_up, specs, name)) for name in CATEGORIES]
             bars(panel, place, len(plan.TRIALS), row, scores)
         panel.set_xticks(range(len(CATEGORIES)), CATEGORIES)

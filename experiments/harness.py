@@ -121,7 +121,9 @@ class Difference(NamedTuple):
 
     row: int
     what: str
-    size: float  # of a number: relative to it, if it is larger than 1; of a verdict: the margin by which ours was made
+    size: float
+    """Of a number: relative to it, if it is larger than 1. Of an answer or a verdict: the margin by which ours was
+    made, infinite where it is not known."""
 
 
 def answer_differences(folder: Path, mine: list[dict[str, Any]], foreign: list[dict[str, Any]]) -> list[Difference]:

@@ -3,8 +3,8 @@
 Every method has eight trials, fine-tuned on `math`, scored on the validation splits, with seeds of their own: a method
 with a hyper-parameter tries four values of it at two learning rates, the others eight learning rates. The trial with
 the best `balance` of what is learned and what is kept wins. As in the paper, what was chosen serves every fine-tuning
-set. Test splits are read by the runs with the winning settings alone, and by the tables that vary one of them (5, 12 to
-15); these choose nothing. Read next: `report.py`.
+set. Test splits are read by the runs with the winning settings, and by those that vary one of them or are aligned at
+fixed rates (Tables 4, 5, 12 to 15, other learning rates, causes); these choose nothing. Read next: `report.py`.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,8 +22,8 @@ RATES = (1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2, 2e-2)
 TWO_RATES = (3e-3, 1e-2)
 ALIGNMENT_RATE, GENTLER_RATES = 3e-3, (1e-3, 5e-4)
 TRIAL_SEEDS = (100, 101)
-MAIN_SEEDS = tuple(range(10))
-FEW_SEEDS = MAIN_SEEDS[:3]
+ALL_SEEDS = tuple(range(10))
+FEW_SEEDS = ALL_SEEDS[:3]
 
 Trial = tuple[str, float, tuple[tuple[str, Any], ...]]
 """Method of `mini.Spec`, learning rate, hyper-parameters."""
@@ -172,7 +172,8 @@ SWEEPS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
     "ensemble": ("ensemble", "beta", (0.1, 0.5, 0.9)),
     "EMA": ("EMA", "beta", (0.1, 0.5, 0.9)),
 }
-"""Tables 5, 13, 14 and 15: name -> row, hyper-parameter, the paper's values (blocks: early, middle, late)."""
+"""Name -> row, hyper-parameter, values. Tables 5, 13, 14 and 15 have the paper's (blocks: early, middle, late), and λ
+one more; the two sweeps after "layers" are ours."""
 SFT_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 """How much SFT keeps by how much it has learned: the curve that another method should lie above."""
 EPOCH_VALUES = (2, 5, 10, 20, 30)
@@ -196,7 +197,7 @@ def sft_curve(choices: Choices, seed: int) -> list[Spec]:
 
 def sft_rates(choices: Choices) -> dict[str, list[Spec]]:
     """The same runs, rate by rate."""
-    curves = zip(*(sft_curve(choices, seed) for seed in MAIN_SEEDS))
+    curves = zip(*(sft_curve(choices, seed) for seed in ALL_SEEDS))
     return {f"SFT at {rate:g}": list(specs) for rate, specs in zip(SFT_RATES, curves)}
 
 
@@ -205,7 +206,7 @@ def faster(choices: Choices) -> dict[str, list[Spec]]:
     rows = ("LfU (LoRA)", "LfU (RepS)")
     rate = max(TWO_RATES)
     return {
-        f"{row} at {rate:g}": [tested(choices, "math", row, seed, learning_rate=rate) for seed in MAIN_SEEDS]
+        f"{row} at {rate:g}": [tested(choices, "math", row, seed, learning_rate=rate) for seed in ALL_SEEDS]
         for row in rows
     }
 
@@ -244,5 +245,5 @@ def whole(choices: Choices) -> list[Spec]:
     groups = [*sweeps(choices).values(), *epochs(choices).values(), *causes(choices).values(), attacks(choices)]
     groups += [faster(choices), {"base": [base(measures=("squares",))]}]
     rest = [spec for group in groups for specs in group.values() for spec in specs]
-    curves = [spec for seed in MAIN_SEEDS for spec in sft_curve(choices, seed)]
-    return list(dict.fromkeys([*main_table(choices, MAIN_SEEDS), *alternatives(choices), *curves, *rest]))
+    curves = [spec for seed in ALL_SEEDS for spec in sft_curve(choices, seed)]
+    return list(dict.fromkeys([*main_table(choices, ALL_SEEDS), *alternatives(choices), *curves, *rest]))

@@ -18,7 +18,7 @@ from experiments.markdown import markdown
 from experiments.mini import CATEGORIES, SPLITS, Spec, found
 from lfu import checkpoint
 from lfu.bench import spread
-from lfu.evaluate import WORDINGS
+from lfu.evaluate import WORDINGS, accuracy
 
 COLUMNS = [*SPLITS, "average", "balance"]
 GRADIENT = ["gradient norm", "clipped steps"]
@@ -38,9 +38,7 @@ class Mean(NamedTuple):
 
 
 def mean(values: Sequence[float]) -> Mean:
-    n, center = len(values), sum(values) / len(values)
-    variance = sum((value - center) ** 2 for value in values) / (n - 1) if n > 1 else math.nan
-    return Mean(center, math.sqrt(variance / n), n)
+    return Mean(*accuracy(values))
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
@@ -299,7 +297,7 @@ def frontier_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
 
 def beside_the_curve(choices: plan.Choices) -> dict[str, list[Spec]]:
     """All that was chosen, LfU at the faster rate, and its sweeps of λ."""
-    seeds = {row: plan.MAIN_SEEDS if row in plan.TRIALS else plan.FEW_SEEDS for row in choices if row != "SFT"}
+    seeds = {row: plan.ALL_SEEDS if row in plan.TRIALS else plan.FEW_SEEDS for row in choices if row != "SFT"}
     groups = {row: [chosen_spec(choices, row, seed) for seed in each] for row, each in seeds.items()}
     groups |= plan.faster(choices)
     for name in ("lambda", "RepS, lambda"):
@@ -366,7 +364,7 @@ def squares_line(look_up: plan.LookUp) -> str:
 
 def rewritten_line(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """How much of the data SDFT changes."""
-    groups = {data: [main_spec(choices, data, "SDFT", seed) for seed in plan.MAIN_SEEDS] for data in plan.DATAS}
+    groups = {data: [main_spec(choices, data, "SDFT", seed) for seed in plan.ALL_SEEDS] for data in plan.DATAS}
     groups["safe"] = plan.attacks(choices)["SDFT"]
     parts = []
     for data, specs in groups.items():
@@ -422,7 +420,7 @@ def sections(look_up: plan.LookUp, choices: plan.Choices, out: Path) -> dict[str
     by_name = partial(sweep_tables, look_up, choices)
     return {
         "Tables 1 and 2, Figure 2: the main comparison": lambda: (
-            f"{main_tables(look_up, choices, plan.MAIN_SEEDS)}\n\n![Scores by category](miniature-scores.png)"
+            f"{main_tables(look_up, choices, plan.ALL_SEEDS)}\n\n![Scores by category](miniature-scores.png)"
         ),
         "What was chosen": lambda: "\n\n".join(
             [

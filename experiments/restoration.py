@@ -11,7 +11,6 @@ checkpointing, which runs each block once more in the backward pass; so this is 
 released order of things, and compared with gradients that are taken before anything is put back.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -35,12 +34,10 @@ MODES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--template", default="alpaca")
+    parser = fidelity.arguments(__doc__)
     parsed = parser.parse_args()
+    if parsed.adapter is None:
+        parser.error("--adapter is needed: a fresh one has B = 0, and half of its gradient is zero")
     codec = load_codec(parsed.model, model.read_config(parsed.model / "config.json").vocab_size)
     examples = [encode_row(codec, Format(parsed.template), row) for row in read_rows(parsed.data)[:8]]
     batch, other = collate(examples[:4]), collate(examples[4:])

@@ -10,6 +10,7 @@ time per block over depths; and what the count of operations says of a model hal
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -130,10 +131,12 @@ def write(settings: dict, folder: Path) -> None:
 def sharded(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
     """The tensors in order, as many to a shard as fit."""
     shard: dict[str, tuple[int, ...]] = {}
+    size = 0
     for name, shape in shapes.items():
-        if 2 * sum(map(torch.Size.numel, map(torch.Size, [*shard.values(), shape]))) > SHARD:
+        size += 2 * math.prod(shape)
+        if size > SHARD:
             yield shard
-            shard = {}
+            shard, size = {}, 2 * math.prod(shape)
         shard[name] = shape
     yield shard
 

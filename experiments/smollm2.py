@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from experiments.markdown import markdown
 from experiments.mini import state_squares
-from lfu import checkpoint, cli, model
+from lfu import InputError, checkpoint, cli, model
 from lfu.checkpoint import read_json
 from lfu.data import (
     TEMPLATES,
@@ -122,8 +122,7 @@ FORMS = (
 TOPICS = (
     "the sea", "bread baking", "old libraries", "public parks", "friendship", "thunderstorms", "jazz music",
     "gardening", "the moon", "learning a language", "chess", "bicycles", "winter", "photography", "tea", "lighthouses",
-    "theatre",
-    "migrating birds", "handwriting", "night trains",
+    "theatre", "migrating birds", "handwriting", "night trains",
 )  # fmt: skip
 
 
@@ -142,7 +141,7 @@ ALONG = {"test NLL after step": "nll", "held back": "held", "drift": "drift"}
 """Of the list of runs: title and name of what was measured along the way; test NLL is that of the first CURVE_ROWS."""
 
 
-class Bench(NamedTuple):
+class World(NamedTuple):
     """The model and what it is scored on, loaded once."""
 
     config: Config
@@ -154,7 +153,7 @@ class Bench(NamedTuple):
     drift: list[Example]
 
 
-Measure = Callable[[Bench, list[Adapter]], dict[str, Estimate]]
+Measure = Callable[[World, list[Adapter]], dict[str, Estimate]]
 
 
 @dataclass(frozen=True)
@@ -170,50 +169,53 @@ class Paths:
 
 def run_all(paths: Paths, only: list[str] | None) -> None:
     """Train and score everything that is not there yet."""
-    bench = load_bench(paths)
+    world = load_world(paths)
     for name in only or ["base", *RUNS]:
         try:
-            run_one(paths, bench, name)
+            run_one(paths, world, name)
         except FloatingPointError as error:  # the other runs can still be made
             print(f"{name}: {error}", flush=True)
 
 
-def run_one(paths: Paths, bench: Bench, name: str) -> None:
+def run_one(paths: Paths, world: World, name: str) -> None:
     """All scores of one run, or of the base model."""
     folder = paths.out / name
-    adapters = adapters_of(paths, bench, name)
-    score_once(folder / "held.json", partial(nll_scores, bench, adapters, bench.held))
-    score_once(folder / "scores.json", partial(scores, bench, adapters))
-    score_once(folder / "prompts.json", partial(prompt_scores, bench, adapters))
+    adapters = fine_tuned(paths, world, name)
+    score_once(folder / "held.json", partial(nll_scores, world, adapters, world.held))
+    score_once(folder / "scores.json", partial(scores, world, adapters))
+    score_once(folder / "prompts.json", partial(prompt_scores, world, adapters))
     if name == "base":
-        kept(folder / "squares.json", partial(squares, bench))
+        kept(folder / "squares.json", partial(squares, world))
 
 
-def adapters_of(paths: Paths, bench: Bench, name: str) -> list[Adapter]:
-    """Fine-tune, with the answer NLL along the way; or take the best checkpoint of an SFT run."""
+def fine_tuned(paths: Paths, world: World, name: str) -> list[Adapter]:
+    """Fine-tune, with the answer NLL along the way; or take the best checkpoint of a finished SFT run."""
     if name == "base":
         return []
     if "-stopped-" in name:
-        steps = checkpoint.checkpoints(paths.out / name.replace("stopped", "sft"))
+        run = paths.out / name.replace("stopped", "sft")
+        if not (run / "adapter").is_dir():
+            raise InputError(f"{name} is a checkpoint of {run.name}, which has not been trained to its end.")
+        steps = checkpoint.checkpoints(run)
         for step in steps:
-            score_checkpoint(bench, step, "drift", drift_scores)
-        return [stopped_in_time(bench, steps)]
+            score_checkpoint(world, step, "drift", drift_scores)
+        return [stopped_in_time(world, steps)]
     last = cli.train(options_of(paths, name))
     for step in checkpoint.checkpoints(paths.out / name):
-        score_checkpoint(bench, step, "nll", partial(nll_scores, rows=bench.test[:CURVE_ROWS]))
-    return [load_adapter(last, bench.config)]
+        score_checkpoint(world, step, "nll", partial(nll_scores, rows=world.test[:CURVE_ROWS]))
+    return [load_adapter(last, world.config)]
 
 
-def stopped_in_time(bench: Bench, steps: list[Path]) -> Adapter:
+def stopped_in_time(world: World, steps: list[Path]) -> Adapter:
     """The best of a run's checkpoints by the rows held back."""
-    held = {step: score_checkpoint(bench, step, "held", partial(nll_scores, rows=bench.held)) for step in steps}
-    return load_adapter(min(held, key=held.__getitem__), bench.config)
+    held = {step: score_checkpoint(world, step, "held", partial(nll_scores, rows=world.held)) for step in steps}
+    return load_adapter(min(held, key=held.__getitem__), world.config)
 
 
-def score_checkpoint(bench: Bench, step: Path, name: str, measure: Measure) -> float:
+def score_checkpoint(world: World, step: Path, name: str, measure: Measure) -> float:
     """One score of a checkpoint, kept in the run's folder."""
     path = step.parent.parent / f"{name}-{step.name}.json"
-    return mean_of(score_once(path, lambda: measure(bench, [load_adapter(step, bench.config)])))
+    return mean_of(score_once(path, lambda: measure(world, [load_adapter(step, world.config)])))
 
 
 def mean_of(scores: dict[str, dict[str, float]]) -> float:
@@ -252,18 +254,20 @@ def kept(path: Path, make: Callable[[], dict]) -> dict:
 # --- scores ----------------------------------------------------------------------------------------
 
 
-def load_bench(paths: Paths) -> Bench:
+def load_world(paths: Paths) -> World:
     config, base = model.load(paths.model, dtype=torch.bfloat16)
     codec = load_codec(paths.model, config.vocab_size)
     test = read_rows(paths.gsm8k / "test.jsonl")[:TEST_ROWS]
     held = read_rows(paths.gsm8k / "train.jsonl")[HELD_BACK]
     answers = base_answers(config, base, codec, paths.out)
-    return Bench(config, base, codec, test, held, windows(codec, paths.wikitext), answers)
+    return World(config, base, codec, test, held, windows(codec, paths.wikitext), answers)
 
 
 def windows(codec: Codec, path: Path) -> list[Example]:
-    """The first windows of a text; every token but each window's first is predicted."""
+    """The first windows of a text; every token but each window's first is predicted. InputError if it is too short."""
     tokens = token_ids(codec, path.read_text(encoding="utf-8")[: 8 * WINDOW * WINDOWS])
+    if len(tokens) < WINDOW * WINDOWS:
+        raise InputError(f"{path} has {len(tokens)} tokens; {WINDOW * WINDOWS} are scored. Give a longer text.")
     return [Example(tokens[i * WINDOW : (i + 1) * WINDOW], 1, i) for i in range(WINDOWS)]
 
 
@@ -279,37 +283,37 @@ def base_answers(config: Config, base: Params, codec: Codec, out: Path) -> list[
     return [Example([*prompt, *answer], len(prompt), i) for i, (prompt, answer) in enumerate(rows) if answer]
 
 
-def scores(bench: Bench, adapters: list[Adapter]) -> dict[str, Estimate]:
+def scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
     """Everything."""
     return {
-        **nll_scores(bench, adapters, bench.test),
-        "wikitext": answer_nll(bench.config, bench.base, bench.wikitext, adapters, batch_size=8),
-        **drift_scores(bench, adapters),
-        **match_scores(bench, adapters),
+        **nll_scores(world, adapters, world.test),
+        "wikitext": answer_nll(world.config, world.base, world.wikitext, adapters, batch_size=8),
+        **drift_scores(world, adapters),
+        **match_scores(world, adapters),
     }
 
 
-def nll_scores(bench: Bench, adapters: list[Adapter], rows: list[Row]) -> dict[str, Estimate]:
+def nll_scores(world: World, adapters: list[Adapter], rows: list[Row]) -> dict[str, Estimate]:
     """Of the reference answers to these rows."""
-    examples = [encode_row(bench.codec, Format(), row) for row in rows]
-    return {"nll": answer_nll(bench.config, bench.base, examples, adapters, batch_size=10)}
+    examples = [encode_row(world.codec, Format(), row) for row in rows]
+    return {"nll": answer_nll(world.config, world.base, examples, adapters, batch_size=10)}
 
 
-def match_scores(bench: Bench, adapters: list[Adapter]) -> dict[str, Estimate]:
+def match_scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
     """Exact match in the training template, greedy, at most 256 new tokens."""
-    prompts = [prompt_ids(bench.codec, Format(), row.question) for row in bench.test[:MATCH_ROWS]]
+    prompts = [prompt_ids(world.codec, Format(), row.question) for row in world.test[:MATCH_ROWS]]
     stops = TEMPLATES["alpaca"].stops
-    answers = generate(bench.config, bench.base, bench.codec, prompts, adapters, stop=stops, batch_size=50)
-    hits = [gsm8k_scores(completion.text, bench.test[index].answer) for index, completion in answers]
+    answers = generate(world.config, world.base, world.codec, prompts, adapters, stop=stops, batch_size=50)
+    hits = [gsm8k_scores(completion.text, world.test[index].answer) for index, completion in answers]
     return {name: accuracy([hit[name] for hit in hits]) for name in ("strict", "flexible")}
 
 
-def prompt_scores(bench: Bench, adapters: list[Adapter]) -> dict[str, Estimate]:
+def prompt_scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
     """NLL of the reference answers with the question in each of the five wordings, in place of the template."""
     results = {}
     for wording in WORDINGS:
-        examples = [asked(bench.codec, wording, row) for row in bench.test[:PROMPT_ROWS]]
-        estimate = answer_nll(bench.config, bench.base, examples, adapters, batch_size=10)
+        examples = [asked(world.codec, wording, row) for row in world.test[:PROMPT_ROWS]]
+        estimate = answer_nll(world.config, world.base, examples, adapters, batch_size=10)
         results[wording.partition("{")[0].strip()] = estimate
     return results
 
@@ -320,28 +324,28 @@ def asked(codec: Codec, wording: str, row: Row) -> Example:
     return Example([*prompt, *token_ids(codec, f" {row.answer}"), codec.eos], len(prompt), row.number)
 
 
-def drift_scores(bench: Bench, adapters: list[Adapter]) -> dict[str, Estimate]:
+def drift_scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
     """Mean KL(base ‖ tuned) per answer token, in nats; the standard error is over prompts."""
-    return {"drift": per_token(bench.drift, lambda batch: row_divergences(bench, batch, adapters), batch_size=10)}
+    return {"drift": per_token(world.drift, lambda batch: row_divergences(world, batch, adapters), batch_size=10)}
 
 
-def row_divergences(bench: Bench, examples: Sequence[Example], adapters: list[Adapter]) -> list[float]:
+def row_divergences(world: World, examples: Sequence[Example], adapters: list[Adapter]) -> list[float]:
     batch = collate(examples)
     mask = predicts(batch.labels)
 
     def log_probabilities(adapters: list[Adapter]) -> torch.Tensor:  # -> [n, V]
-        hidden = model.trunk(bench.config, bench.base, model.embed(bench.base, batch.tokens), adapters)[-1]
-        return F.log_softmax(model.unembed(bench.config, bench.base, hidden[mask]), dim=-1)
+        hidden = model.trunk(world.config, world.base, model.embed(world.base, batch.tokens), adapters)[-1]
+        return F.log_softmax(model.unembed(world.config, world.base, hidden[mask]), dim=-1)
 
     base, tuned = log_probabilities([]), log_probabilities(adapters)
     return sum_rows(mask, F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1))
 
 
-def squares(bench: Bench) -> dict[str, list[float]]:
+def squares(world: World) -> dict[str, list[float]]:
     """How large each block's states are in the base model: where an answer is predicted, and in whole rows."""
-    answers = [encode_row(bench.codec, Format(), row) for row in bench.held]
+    answers = [encode_row(world.codec, Format(), row) for row in world.held]
     sets = {"answers": answers, "rows": [example._replace(prompt=0) for example in answers]}
-    return {name: state_squares(bench.config, bench.base, examples) for name, examples in sets.items()}
+    return {name: state_squares(world.config, world.base, examples) for name, examples in sets.items()}
 
 
 # --- tables ----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 - `neftune`: noise on the input embeddings (Jain et al. 2023).
 - `gem`: a cross-entropy that leaves probability to other tokens (Li et al. 2025).
 - `sam`: the SFT gradient where the loss has been raised (Foret et al. 2020; Table 6 b).
-- `feature_penalty`: small representations (Table 6 c, d).
+- `features`: small representations (Table 6 c, d).
 - `logit_divergence`: LfU's consistency, of the logits instead of the representations (Eq. 7; Table 6 e).
 - `ema` and `ensemble`: averages of adapters (Table 11), which are no gradient methods but functions.
 

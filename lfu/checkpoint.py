@@ -181,11 +181,12 @@ def read_scaling(path: Path, key: str, block: Any) -> dict[str, float] | None:
     unknown = set(block) - {"rope_type", "type", "rope_theta", *LLAMA3}
     if unknown:
         raise InputError(f"{path}: {key} has keys that are not known here: {', '.join(sorted(unknown))}.")
-    return (
-        {name: positive(path, block, name, kind=number) for name, number in LLAMA3.items()}
-        if kind == "llama3"
-        else None
-    )
+    if kind == "default":
+        return None
+    scaling = {name: positive(path, block, name, kind=number) for name, number in LLAMA3.items()}
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise InputError(f"{path}: {key} must have a low_freq_factor below its high_freq_factor.")
+    return scaling
 
 
 # --- reading tensors ------------------------------------------------------------------------------
@@ -411,8 +412,12 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], total: int) -> None:
 
 def fingerprint(folder: Path) -> str:
     """A checksum that tells one model folder from another without reading 16 GB: the configuration, the tokenizer, and
-    of each file that the weights are read from its size and its first and last mebibyte."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes() + (folder / "tokenizer.json").read_bytes())
+    of each file that the weights are read from its size and its first and last mebibyte. InputError if one is missing.
+    """
+    small = [folder / "config.json", folder / "tokenizer.json"]
+    if missing := [path for path in small if not path.is_file()]:
+        raise InputError(f"{missing[0]} does not exist: a model folder holds configuration, tokenizer and weights.")
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in small))
     for path in sorted(set(tensor_files(folder, "model").values())):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())

@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def smaller(options: Any) -> str:
     """The options that would lower a verb's memory and are not used yet."""
-    ways = ["--dtype bfloat16"] if getattr(options, "dtype", "bfloat16") not in ("bfloat16", "float16") else []
+    dtype = getattr(options, "dtype", "bfloat16")
+    lower = "--dtype bfloat16" if dtype else "--dtype bfloat16 (unless the weights are in it)"
+    ways = [] if dtype in ("bfloat16", "float16") else [lower]
     if isinstance(options, TrainOptions):
         free = not (options.remat or options.compile or options.method in RELEASED)
         anew = [*ways, "a lower --max-length", "a lower --micro-batch-size (for LfU a setting of the method)"]

@@ -155,9 +155,9 @@ def own_ids(asking: Asking, question: str, text: str) -> tuple[list[int], list[i
 
 
 def encode(path: str | Path, score: str, asking: Asking, items: Sequence[Item]) -> tuple[list[list[Example]], int]:
-    """The examples of each item, and how many contexts were too long for the model and lost their beginning."""
+    """The examples of each item, and in how many items a context was too long for the model and lost its beginning."""
     whole = [located(path, item.row, SCORES[score].encode, asking, item) for item in items]
-    cut = sum(len(example.tokens) > asking.max_length + 1 for examples in whole for example in examples)
+    cut = sum(any(len(example.tokens) > asking.max_length + 1 for example in examples) for examples in whole)
     return [[last_tokens(example, asking.max_length + 1) for example in examples] for examples in whole], cut
 
 

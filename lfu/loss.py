@@ -57,9 +57,13 @@ def consistency_loss(
     `layers` are block numbers from 1 to K, None for all. `norm` "sum" is the squared L2 norm as printed; "mean"
     divides it by D, which is what the published λ belongs to and what Figure 4 calls mean squared error; "relative", of
     our own, divides each block's term by the mean square of its h, so that λ need not know how large a model's states
-    are. No gradient flows into `hidden`. InputError for an unknown block or norm.
+    are. No gradient flows into `hidden`. InputError for an unknown block or norm, or for unequal numbers of blocks.
+    Values are not looked at, which would hold up an accelerator: with nothing masked the loss is nan, and "relative" to
+    states that are all zero it is inf or nan.
     """
     require_norm(norm)
+    if len(hidden) != len(perturbed):
+        raise InputError(f"The states of {len(hidden)} blocks cannot be compared with those of {len(perturbed)}.")
     reduce = torch.sum if norm == "sum" else torch.mean
 
     def average(squares: Tensor) -> Tensor:  # [B,T,D] -> []

@@ -191,7 +191,7 @@ def surroundings(name: str, examples: Sequence[Example], settings: Settings) -> 
 
 
 def tried(method: Method, config: Config, base: Params, task: Lora, row: Example) -> tuple[Lora, Metrics]:
-    """One gradient of a bound method on one row, leaving no trace in what the method carries along."""
+    """One gradient of a bound method on one row, not compiled, leaving no trace in what the method carries along."""
     apart = {"examples": [row], "state": {}, "differentiate": differentiate}
     again = partial(method, **{name: value for name, value in apart.items() if name in method.keywords})
     device = base.embed.device

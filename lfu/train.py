@@ -65,7 +65,7 @@ def sft_gradient(
 ) -> tuple[Lora, Metrics]:
     """Gradient of the SFT loss (Eq. 1) with respect to the task LoRA, and {"sft": loss}.
 
-    `remat` and `differentiate` as in `lfu_gradient`.
+    `remat` and `differentiate` as in `lfu_gradient`. InputError if no token of the batch carries a label.
     """
     through = rematerialised if remat else trunk
     x, places, answers = embed(base, batch.tokens), predicts(batch.labels).nonzero(as_tuple=True), targets(batch.labels)
@@ -101,7 +101,8 @@ def lfu_gradient(
     is the length of the ascent step, `lam` the weight of the consistency loss; `layers` and `norm` as in
     `consistency_loss`, for which `compare` may be another function. `remat` saves memory and costs time, and changes
     no bit; `differentiate` may be `compiled()`.
-    InputError, a ValueError, if `aux` is not a no-op, because θ and θ_aux are then no longer the same point.
+    InputError, a ValueError, if `aux` is not a no-op, because θ and θ_aux are then no longer the same point; if α or λ
+    is negative or infinite; and as in `consistency_loss` and `sft_loss`.
     """
     require_no_op(aux)
     require_not_negative(alpha=alpha, lam=lam)
@@ -222,7 +223,9 @@ def train(
 
     `optimizer` holds the tensors of `task` (see `adamw`) and updates them in place. Everything drawn at random is a
     function of (seed, epoch) or (seed, step, micro-batch), so a run that continues from a saved task and optimizer is
-    the run that was never interrupted. FloatingPointError, before the update, if a loss or gradient is not finite.
+    the run that was never interrupted. InputError for settings that cannot be used, or no rows. Before the update, and
+    naming the step: FloatingPointError if a loss or gradient is not finite, MemoryError if a batch does not fit, and
+    ConnectionError if another process of the run is gone.
     """
     require_usable(settings)
     if not examples:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from tiny import LENGTH, random_lora, random_tokens, tiny_config
 from torch import Tensor
 
-from lfu import __version__, checkpoint, cli, lora, methods
+from lfu import InputError, __version__, checkpoint, cli, lora, methods
 from lfu import generate as generating
 from lfu.cli import DistillOptions, EvalOptions, GenerateOptions, MergeOptions, TrainOptions, main, parser
 from lfu.data import Format, encode_row, load_codec, prompt_ids, read_rows
@@ -625,6 +625,12 @@ def test_an_adapter_of_other_weights_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_its_tokenizer_cannot_be_compared(tmp_path: Path) -> None:
+    shutil.copy(MINI / "config.json", tmp_path)
+    with pytest.raises(InputError, match=r"tokenizer\.json does not exist: a model folder holds"):
+        checkpoint.fingerprint(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["template", "bos", "model_fingerprint"])
 def test_an_adapter_that_does_not_know_its_training_is_refused(
     name: str, adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -674,8 +680,8 @@ def test_out_of_memory_names_the_batch_and_what_helps(
     message = capsys.readouterr().err
     assert re.search(r"Step 1: out of memory in a batch of 4 x \d+ tokens, the rows of lines \[\d+, ", message)
     assert (
-        "What helps: --remat (also with --resume), in a new run: --dtype bfloat16, a lower --max-length, a lower"
-        in message
+        "What helps: --remat (also with --resume), in a new run: --dtype bfloat16 (unless the weights are in it), "
+        "a lower --max-length, a lower" in message
     )
 
 

@@ -6,13 +6,14 @@ With nothing changed they compute what `lfu-lora` and `lfu-reps` compute; with e
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compare import distance
 
 from experiments import differences
-from experiments.differences import MICRO_BATCH, Bench, Found, by_method, lora_variant, reps_variant
+from experiments.differences import MICRO_BATCH, Case, Found, by_method, lora_variant, low, reps_variant
 from lfu import data, model, released
 from lfu.train import adamw, train
 
@@ -23,16 +24,16 @@ CLOSE = 1e-3
 
 
 @cache
-def bench() -> Bench:
+def case() -> Case:
     """The miniature model, with a task LoRA that has moved away from its start."""
     folder = ROOT / "weights" / "mini"
     codec = data.load_codec(folder, model.read_config(folder / "config.json").vocab_size)
     rows = data.read_rows(folder / "math" / "train.jsonl")[:16]
-    bench = differences.load_bench(folder, None, [data.encode_row(codec, data.Format("question"), row) for row in rows])
+    case = differences.load_case(folder, None, [data.encode_row(codec, data.Format("question"), row) for row in rows])
     settings = differences.Settings(epochs=2, batch_size=8, learning_rate=1e-2)
-    method, _ = differences.methods.bind("sft", bench.config, scale=differences.SCALE)
-    list(train(bench.config, bench.base, bench.task, adamw(bench.task, settings), bench.examples, method, settings))
-    return bench
+    method, _ = differences.methods.bind("sft", case.config, scale=differences.SCALE)
+    list(train(case.config, case.base, case.task, adamw(case.task, settings), case.examples, method, settings))
+    return case
 
 
 def assert_same(found: Found, expected: Found) -> None:
@@ -42,22 +43,33 @@ def assert_same(found: Found, expected: Found) -> None:
 
 @pytest.mark.parametrize("variant, name", [(lora_variant, "lfu-lora"), (reps_variant, "lfu-reps")])
 def test_unchanged_it_is_the_papers_algorithm(variant, name: str) -> None:
-    assert_same(variant(bench()), by_method(bench(), name))
+    assert_same(variant(case()), by_method(case(), name))
+
+
+@pytest.mark.parametrize("module, name", [("train", "lfu-lora"), ("train", "lfu-reps"), ("released", "released-lora")])
+def test_bfloat16_throughout_has_no_difference_exact_pass(module: str, name: str, monkeypatch) -> None:
+    def exact(record: Any) -> None:
+        raise AssertionError("the perturbed pass is difference-exact")
+
+    monkeypatch.setattr(f"lfu.{module}.relative_to", exact)
+    with pytest.raises(AssertionError, match="difference-exact"):
+        by_method(case(), name)
+    assert low(case(), name).whole.isfinite().all()
 
 
 def test_all_changes_together_are_the_released_lora() -> None:
-    second = released.second_batch(bench().examples[MICRO_BATCH:], bench().batch, torch.Generator().manual_seed(1))
-    found = lora_variant(bench(), moved="task", ascent_on=second, states=released.states, mask=differences.answer)
-    assert_same(found, by_method(bench(), "released-lora"))
+    second = released.second_batch(case().examples[MICRO_BATCH:], case().batch, torch.Generator().manual_seed(1))
+    found = lora_variant(case(), moved="task", ascent_on=second, states=released.states, mask=differences.answer)
+    assert_same(found, by_method(case(), "released-lora"))
 
 
 def test_all_changes_together_are_the_released_reps() -> None:
-    config, *_, examples, batch, _ = bench()
+    config, *_, examples, batch, _ = case()
     generator = torch.Generator().manual_seed(1)
     second = released.padded(released.second_batch(examples[MICRO_BATCH:], batch, generator))
     vectors = released.new_state(config, generator, torch.float32)["vectors"]
     found = reps_variant(
-        bench()._replace(batch=released.padded(batch)), vectors=vectors, turned=True, trained="clean",
+        case()._replace(batch=released.padded(batch)), vectors=vectors, turned=True, trained="clean",
         perturbed_on=second, states=released.states, mask=differences.answer,
     )  # fmt: skip
-    assert_same(found, by_method(bench(), "released-reps"))
+    assert_same(found, by_method(case(), "released-reps"))

@@ -306,6 +306,14 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
+def test_the_options_are_not_written_over_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = rows_of_mini(tmp_path / "rows.json")
+    before = data.read_text()
+    assert lfu("distill", model=MINI, data=data, out=tmp_path / "rows") == 2
+    assert f"{data} exists already; the options are kept there." in refusal(capsys)
+    assert data.read_text() == before
+
+
 def test_what_is_there_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = rows_of_mini(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl"
     for content, sentence, resume in [

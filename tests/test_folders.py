@@ -150,6 +150,7 @@ LLAMA3 = {
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling has rope type 'linear'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling has rope type 'dynamic'"),
         ({"rope_scaling": LLAMA3 | {"factor": 4.0}}, "rope_scaling and rope_parameters disagree"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor below its high_freq_factor"),
         ({"rope_scaling": {"rope_type": "default"}}, "rope_scaling and rope_parameters disagree"),
         ({"rope_theta": 10000.0}, "rope_theta, rope_scaling and rope_parameters disagree"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "factor must be a positive number, not None"),

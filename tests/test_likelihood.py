@@ -144,12 +144,13 @@ def test_a_question_in_the_template(codec: Codec) -> None:
 
 
 def test_a_long_context_loses_its_beginning(codec: Codec) -> None:
-    texts = [item(["Vesh"], [0], "Where is it? " * 3)]
-    ((whole,),), none = encode("f", "choices", asking(codec), texts)
-    ((example,),), cut = encode("f", "choices", asking(codec, max_length=7), texts)
-    assert (none, cut) == (0, 1)
-    assert example.tokens == whole.tokens[-8:]  # the model sees seven of them
-    assert example.tokens[example.prompt :] == whole.tokens[whole.prompt :]
+    texts = [item(["Vesh", "Goru"], [0], "Where is it? " * 3)]
+    (wholes,), none = encode("f", "choices", asking(codec), texts)
+    (examples,), cut = encode("f", "choices", asking(codec, max_length=7), texts)
+    assert (none, cut) == (0, 1)  # one context, whatever the number of choices
+    for whole, example in zip(wholes, examples, strict=True):
+        assert example.tokens == whole.tokens[-8:]  # the model sees seven of them
+        assert example.tokens[example.prompt :] == whole.tokens[whole.prompt :]
 
 
 def test_windows(codec: Codec) -> None:

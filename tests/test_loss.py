@@ -163,6 +163,11 @@ def test_unknown_blocks_are_refused(layers: set[int]) -> None:
         consistency_loss(states(1), states(2), predicts(LABELS), layers=layers)
 
 
+def test_states_of_unequal_depth_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 blocks cannot be compared with those of 2"):
+        consistency_loss(states(1), states(2)[:2], predicts(LABELS))
+
+
 def test_unknown_norm_is_refused() -> None:
     with pytest.raises(ValueError, match="'max'"):
         consistency_loss(states(1), states(2), predicts(LABELS), norm="max")

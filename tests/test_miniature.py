@@ -38,7 +38,7 @@ def test_choices_are_made_on_validation_splits_and_seeds_of_their_own() -> None:
 
 
 def test_the_main_table_has_ten_seeds_and_the_others_three() -> None:
-    seeds = Counter((spec.data, spec.method) for spec in plan.main_table(CHOICES, plan.MAIN_SEEDS))
+    seeds = Counter((spec.data, spec.method) for spec in plan.main_table(CHOICES, plan.ALL_SEEDS))
     assert all(count >= 10 for (_, method), count in seeds.items() if method != "base")
     assert len(seeds) == 1 + len(plan.DATAS) * len(plan.TRIALS)
     for groups in [*plan.sweeps(CHOICES).values(), *plan.epochs(CHOICES).values(), *plan.causes(CHOICES).values()]:

@@ -1,5 +1,6 @@
 """The experiment on a real model, run on the miniature one: what is trained, scored, chosen and shown."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from commands import MINI, sums, uneven_sums, write_rows
 
 from experiments import smollm2
-from experiments.smollm2 import Paths, load_bench, run_all, table
+from experiments.smollm2 import Paths, load_world, run_all, table
 from lfu import InputError, checkpoint, model
 from lfu.checkpoint import read_json
 from lfu.data import Format, encode_row
@@ -57,13 +58,13 @@ def test_the_base_model_has_not_drifted_and_what_is_trained_has(out: Path) -> No
 
 
 def test_drift_is_the_divergence_of_the_distributions(paths: Paths, out: Path) -> None:
-    bench, last = load_bench(paths), out / "small-sft-42" / "adapter"
+    world, last = load_world(paths), out / "small-sft-42" / "adapter"
     total, tokens = 0.0, 0
-    for example in bench.drift:
+    for example in world.drift:
         given = torch.tensor([example.tokens])
         base, tuned = (
-            model.forward(bench.config, bench.base, given, adapters)[0][0, example.prompt - 1 : -1].softmax(-1)
-            for adapters in ([], [load_adapter(last, bench.config)])
+            model.forward(world.config, world.base, given, adapters)[0][0, example.prompt - 1 : -1].softmax(-1)
+            for adapters in ([], [load_adapter(last, world.config)])
         )
         total += float((base * (base / tuned).log()).sum())
         tokens += len(base)
@@ -75,10 +76,10 @@ def test_drift_is_the_divergence_of_the_distributions(paths: Paths, out: Path) -
 def test_the_size_of_the_states_is_taken_where_an_answer_is_predicted_and_in_whole_rows(
     paths: Paths, out: Path
 ) -> None:
-    bench, answers, rows = load_bench(paths), [], []
-    for row in bench.held:
-        example = encode_row(bench.codec, Format(), row)
-        hidden = torch.stack(model.forward(bench.config, bench.base, torch.tensor([example.tokens]))[1])[:, 0, :-1]
+    world, answers, rows = load_world(paths), [], []
+    for row in world.held:
+        example = encode_row(world.codec, Format(), row)
+        hidden = torch.stack(model.forward(world.config, world.base, torch.tensor([example.tokens]))[1])[:, 0, :-1]
         answers.append(hidden[:, example.prompt - 1 :].square())
         rows.append(hidden.square())
     sizes = read_json(out / "base" / "squares.json")
@@ -93,6 +94,18 @@ def test_stopping_in_time_takes_the_checkpoint_that_is_best_on_the_rows_held_bac
     assert read_json(out / "small-stopped-42" / "held.json")["nll"]["mean"] == min(held.values())
     last = read_json(out / "small-sft-42" / "drift-step-6.json")["drift"]
     assert last == read_json(out / "small-sft-42" / "scores.json")["drift"]
+
+
+def test_a_run_that_is_not_finished_is_not_stopped_in_time(paths: Paths, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="small-sft-42, which has not been trained to its end"):
+        run_all(replace(paths, out=tmp_path), ["small-stopped-42"])
+    assert not list(tmp_path.glob("small-stopped-42/*"))
+
+
+def test_a_text_too_short_to_score_is_refused(paths: Paths, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("The sea is wide.")
+    with pytest.raises(InputError, match=r"tokens; 32 are scored\."):
+        load_world(replace(paths, wikitext=tmp_path / "text"))
 
 
 def test_a_second_time_nothing_is_scored_again(paths: Paths, out: Path) -> None:

@@ -56,7 +56,7 @@ def distill(options: DistillOptions) -> Path:
     require_drawable(options)
     out, record = Path(options.out), Path(f"{options.out}.json")
     rows = read_rows(options.data, options.reader())[: options.limit]
-    before = answers_in(out, options, rows)
+    before = answers_in(out, record, options, rows)
     asking = SpeakerOptions(model=options.model, dtype=options.dtype, device=options.device)
     words = wording(asking)
     settings = resolved(options, words.folder)
@@ -122,14 +122,16 @@ def with_answer(options: DistillOptions, row: Row, answer: str) -> dict[str, Any
     return kept | {options.answer: answer}
 
 
-def answers_in(out: Path, options: DistillOptions, rows: list[Row]) -> list[str]:
+def answers_in(out: Path, record: Path, options: DistillOptions, rows: list[Row]) -> list[str]:
     """The answers that OUT already holds, to be continued; half a line at its end is cut off.
 
-    InputError if OUT exists and is not to be continued, or holds other rows.
+    InputError if OUT or its record exists and is not to be continued, or OUT holds other rows.
     """
     if not options.resume:
         if out.exists():
             raise InputError(f"{out} exists already; answers are never overwritten. Choose another --out, or --resume.")
+        if record.exists():
+            raise InputError(f"{record} exists already; the options are kept there. Choose another --out.")
         require_place(out)
         return []
     if not out.is_file():

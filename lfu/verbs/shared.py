@@ -176,10 +176,8 @@ def in_stream(adapter: lora.Adapter, base: model.Params) -> lora.Adapter:
 
 
 def choose_dtype(name: str | None, folder: Path, device: torch.device) -> torch.dtype:
-    """The dtype of this name; by default the file's own on an accelerator and float32 on the CPU."""
-    if name is not None:
-        return DTYPES[name]
-    return torch.float32 if device.type == "cpu" else checkpoint.stored_dtype(folder, "model.embed_tokens.weight")
+    """The dtype of this name, or else `model.default_dtype`."""
+    return DTYPES[name] if name is not None else model.default_dtype(folder, device)
 
 
 def choose_device(name: str | None) -> torch.device:

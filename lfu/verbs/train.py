@@ -253,6 +253,8 @@ def foretell(plan: Plan, base: model.Params, task: lora.Lora) -> None:
     print_memory(base, task)
     rows = min(plan.schedule.micro_batch_size, plan.schedule.batch_size)
     print_peak(partial(methods.tried, plan.method, plan.config, base, task), plan.examples, rows)
+    if plan.settings["compile"]:
+        print("That is the peak without torch.compile.")
 
 
 def print_memory(base: model.Params, task: lora.Lora) -> None:
