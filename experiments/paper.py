@@ -33,14 +33,14 @@ TIMES = {"SFT": 1386.9, "LfU (LoRA)": 4142.4, "LfU (RepS)": 2332.1}
 GROWTH = {"sft": 1.15, "lfu-lora": 1.16, "lfu-reps": 1.21}
 """Table 10: time of a step of Llama-2-13B over one of Llama-3.1-8B, on an H100."""
 ATTACKS = {
-    "SFT": (2.7, 34.8),
-    "NEFTune": (2.4, 29.1),
-    "GEM": (3.0, 41.2),
-    "IM": (5.8, 60.9),
-    "SDFT": (6.1, 24.2),
-    "LfU (LoRA)": (2.4, 5.8),
+    "SFT": ((2.7, 34.8), (3.0, 55.0), (0.2, 7.3)),
+    "NEFTune": ((2.4, 29.1), (3.0, 37.0), (0.0, 4.8)),
+    "GEM": ((3.0, 41.2), (4.0, 60.0), (0.0, 21.7)),
+    "IM": ((5.8, 60.9), (8.0, 80.0), (1.2, 81.9)),
+    "SDFT": ((6.1, 24.2), (12.0, 45.0), (5.4, 10.8)),
+    "LfU (LoRA)": ((2.4, 5.8), (4.0, 10.0), (0.0, 0.6)),
 }
-"""Table 4, HEx-PHI: attack success rate in percent before and after five steps of harmful SFT."""
+"""Table 4: HEx-PHI, PureBad, AdvBench; attack success rate in percent before and after five steps of harmful SFT."""
 LAYERS: dict[str, Row] = {
     "early": (53.6, 73.3, 65.5, 44.4),
     "middle": (53.3, 73.3, 65.6, 44.1),

@@ -5,7 +5,7 @@ the same fresh LoRA) with a 95 % interval of Student's t. Read next: `figures.py
 """
 
 import json
-import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,18 +41,19 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(*accuracy(values))
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
+def difference(ours: Sequence[float], theirs: Sequence[float], digits: int = 1) -> str:
     """The mean of the paired differences, and its interval."""
-    return interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    return interval([a - b for a, b in zip(ours, theirs, strict=True)], digits)
 
 
-def interval(differences: Sequence[float]) -> str:
+def interval(differences: Sequence[float], digits: int = 1) -> str:
     """The mean with its 95 % interval, in percentage points; bold where 0 lies outside."""
     d = mean(differences)
     if d.n == 1:
-        return f"{100 * d.value:+.1f}"
+        return f"{100 * d.value:+.{digits}f}"
     reach = T_95[d.n - 2] * d.error
-    text = f"{100 * d.value:+.1f} [{100 * (d.value - reach):+.1f}, {100 * (d.value + reach):+.1f}]"
+    center, low, high = (f"{100 * value:+.{digits}f}" for value in (d.value, d.value - reach, d.value + reach))
+    text = f"{center} [{low}, {high}]"
     return f"**{text}**" if abs(d.value) > reach else text
 
 
@@ -97,7 +98,7 @@ def main_tables(look_up: plan.LookUp, choices: plan.Choices, seeds: Sequence[int
             f"Fine-tuned on `{data}`, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}:",
             score_table(look_up, groups, published, published_ranks),
             "Difference from SFT, paired by seed, in percentage points:",
-            difference_table(look_up, groups),
+            difference_table(look_up, groups, groups["SFT"]),
         ]
     return "\n\n".join(parts)
 
@@ -136,13 +137,22 @@ def score_table(
     return markdown(head, [cells("base", [base]), *(cells(row, specs) for row, specs in groups.items())])
 
 
-def difference_table(look_up: plan.LookUp, groups: dict[str, list[Spec]], against: str = "SFT") -> str:
-    rows = [
-        [row, *(difference(column(look_up, specs, name), column(look_up, groups[against], name)) for name in COLUMNS)]
-        for row, specs in groups.items()
-        if row != against
-    ]
-    return markdown(["method", *COLUMNS], rows)
+def difference_table(
+    look_up: plan.LookUp, groups: dict[Any, list[Spec]], against: list[Spec], head: str = "method"
+) -> str:
+    """Every column, less that of the runs `against`, which are of the same seeds."""
+    rows = [[f"{row}", *differences(look_up, specs, against)] for row, specs in groups.items() if specs != against]
+    return markdown([head, *COLUMNS], rows)
+
+
+def differences(look_up: plan.LookUp, ours: Sequence[Spec], theirs: Sequence[Spec]) -> list[str]:
+    """Of every column, as cells."""
+    return [difference(column(look_up, ours, name), column(look_up, theirs, name)) for name in COLUMNS]
+
+
+def few(choices: plan.Choices, row: str) -> list[Spec]:
+    """The tested runs of a row with the few seeds that most tables have."""
+    return [chosen_spec(choices, row, seed) for seed in plan.FEW_SEEDS]
 
 
 # --- Table 3 --------------------------------------------------------------------------------------
@@ -188,15 +198,15 @@ def gradient_cells(runs: Sequence[dict[str, Any]]) -> list[str]:
 def tables_6_and_11(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """The alternatives beside SFT and LfU, on the same seeds."""
     rows = {"SFT": plan.TRIALS, "LfU (LoRA)": plan.TRIALS, "LfU (RepS)": plan.TRIALS} | plan.MORE_TRIALS
-    groups = {row: [chosen_spec(choices, row, seed) for seed in plan.FEW_SEEDS] for row in rows}
+    groups = {row: few(choices, row) for row in rows}
     published = paper.ALTERNATIVES | {name: paper.TABLE_1[name] for name in ("SFT", "LfU (LoRA)", "LfU (RepS)")}
-    return f"{group_table(look_up, groups, published, 'method')}\n\nDifference from SFT:\n\n" + difference_table(
-        look_up, groups
-    )
+    parts = [group_table(look_up, groups, published, "method"), "Difference from SFT:"]
+    return "\n\n".join([*parts, difference_table(look_up, groups, groups["SFT"])])
 
 
 def sweep_tables(look_up: plan.LookUp, choices: plan.Choices, names: Iterable[str]) -> str:
-    parts = []
+    """Each of these hyper-parameters, and the differences from SFT."""
+    sft, parts = few(choices, "SFT"), []
     for name in names:
         row, parameter, _ = plan.SWEEPS[name]
         groups = plan.sweeps(choices)[name]
@@ -205,13 +215,14 @@ def sweep_tables(look_up: plan.LookUp, choices: plan.Choices, names: Iterable[st
             groups = dict(zip(("early", "middle", "late"), groups.values()))
             published = paper.LAYERS
         parts += [f"{row}, {parameter}; the rest as chosen:", group_table(look_up, groups, published, parameter)]
+        parts += ["Difference from SFT:", difference_table(look_up, groups, sft, parameter)]
     return "\n\n".join(parts)
 
 
 def table_12(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """Exact match on the task, the other columns, and the likelihood, by length of the run."""
-    rows = []
-    for row, groups in plan.epochs(choices).items():
+    rows, runs = [], plan.epochs(choices)
+    for row, groups in runs.items():
         for n, specs in groups.items():
             nll = mean([look_up(spec)["scores"]["nll"] for spec in specs])
             own = averages(look_up, specs)
@@ -221,55 +232,61 @@ def table_12(look_up: plan.LookUp, choices: plan.Choices) -> str:
         f"{row} " + ", ".join(f"{score} after {n:g}" for n, score in scores.items())
         for row, scores in paper.EPOCHS.items()
     ]
-    return f"{table}\n\nThe paper, GSM8K, by epochs: {'; '.join(theirs)}."
+    longer = [[str(n), *differences(look_up, specs, runs["SFT"][n])] for n, specs in runs["LfU (LoRA)"].items()]
+    parts = [table, "LfU (LoRA) less SFT of as many epochs:", markdown(["epochs", *COLUMNS], longer)]
+    return "\n\n".join([*parts, f"The paper, GSM8K, by epochs: {'; '.join(theirs)}."])
 
 
 def table_4(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """Attack success rates before the attack and after 5, 10, 15 and 20 steps; what the answers then are; and how the
     alignment before it ended."""
     after = (0, 5, 10, 15, 20)
-    rows = []
+    rows, rates = [], {}
     for row, specs in plan.attacks(choices).items():
         runs = [look_up(spec) for spec in specs]
-        success = [str(mean([run["attack"]["success"][step] for run in runs])) for step in after]
+        rates[row] = [[run["attack"]["success"][step] for run in runs] for step in after]
         complied = str(mean([run["attack"]["complied"][-1] for run in runs]))
         ends = [mean([run["training"][name] for run in runs]).value for name in ("sft", "last_gradient_norm", "moved")]
-        theirs = " / ".join(f"{rate:.1f}" for rate in paper.ATTACKS.get(row, ()))
-        rows.append([row, *success, complied, *(f"{end:.2g}" for end in ends), theirs])
-    head = [f"{step} steps" for step in after] + [
-        "complied, 20 steps",
-        "aligned: loss",
-        "gradient",
-        "moved",
-        "paper, HEx-PHI: 0 / 5 steps",
-    ]
-    return markdown(["method", *head], rows)
+        theirs = [" / ".join(f"{rate:.1f}" for rate in pair) for pair in paper.ATTACKS.get(row, [()] * 3)]
+        rows.append([row, *map(str, map(mean, rates[row])), complied, *(f"{end:.2g}" for end in ends), *theirs])
+    steps = [f"{step} steps" for step in after]
+    ours = ["complied, 20 steps", "aligned: loss", "gradient", "moved"]
+    table = markdown(["method", *steps, *ours, "paper, 0 / 5 steps: HEx-PHI", "PureBad", "AdvBench"], rows)
+    less = [[row, *map(difference, each, rates["SFT"])] for row, each in rates.items() if row != "SFT"]
+    return f"{table}\n\nDifference from SFT:\n\n{markdown(['method', *steps], less)}"
 
 
 def figure_5(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """Exact match on the task under each wording; mean and population deviation over the five, averaged over seeds."""
-    rows = []
+    found = {}
     for row, specs in figure_groups(choices).items():
         shares = [look_up(spec)["prompts"] for spec in specs]
-        means = [sum(each) / len(each) for each in shares]
-        spreads = [math.sqrt(sum((a - m) ** 2 for a in each) / len(each)) for each, m in zip(shares, means)]
-        by_wording = [str(mean([each[i] for each in shares])) for i in range(len(WORDINGS))]
-        rows.append([row, *by_wording, str(mean(means)), str(mean(spreads))])
-    heads = [f"“{wording.partition('{')[0].strip()}”" for wording in WORDINGS]
-    return markdown(["method", *heads, "mean", "deviation"], rows)
+        found[row] = [*zip(*shares), list(map(statistics.mean, shares)), list(map(statistics.pstdev, shares))]
+    heads = [*(f"“{wording.partition('{')[0].strip()}”" for wording in WORDINGS), "mean", "deviation"]
+    return with_differences(heads, found, lambda values: str(mean(values)))
 
 
 def figure_6(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """Cosine of clean and noisy states, block by block."""
-    rows = []
-    for row, specs in figure_groups(choices).items():
-        by_block = list(zip(*(look_up(spec)["noise"] for spec in specs)))
-        rows.append([row, *(cosine(mean(values)) for values in by_block)])
-    return markdown(["method", *(f"block {i}" for i in range(1, len(rows[0])))], rows)
+    groups = figure_groups(choices)
+    found = {row: list(zip(*(look_up(spec)["noise"] for spec in specs))) for row, specs in groups.items()}
+    return with_differences([f"block {i + 1}" for i in range(len(found["base"]))], found, cosine, digits=2)
 
 
-def cosine(m: Mean) -> str:
+def cosine(values: Sequence[float]) -> str:
+    m = mean(values)
     return f"{m.value:.4f}" + (f" ± {m.error:.4f}" if m.n > 1 else "")
+
+
+def with_differences(
+    heads: list[str], found: dict[str, list[Sequence[float]]], cell: Callable[[Sequence[float]], str], digits: int = 1
+) -> str:
+    """What was found, row -> column -> by seed; then, paired by seed, what it differs from SFT."""
+    table = markdown(["method", *heads], [[row, *map(cell, columns)] for row, columns in found.items()])
+    tuned = {row: columns for row, columns in found.items() if row not in ("base", "SFT")}
+    less = [[row, *map(partial(difference, digits=digits), each, found["SFT"])] for row, each in tuned.items()]
+    parts = [table, "Difference from SFT, in hundredths:", markdown(["method", *heads], less)]
+    return "\n\n".join(parts)
 
 
 def figure_groups(choices: plan.Choices) -> dict[str, list[Spec]]:
@@ -291,8 +308,8 @@ def frontier_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
         rows.append([row, str(len(specs)), *averages(look_up, specs, learned), interval(gaps), f"{sum(within)}"])
     head = ["method", "seeds", "task", "kept", "kept beyond SFT of the same task score", "seeds within SFT's scores"]
     fast = f"SFT at {max(plan.TWO_RATES):g}"
-    differences = difference_table(look_up, {fast: curve[fast]} | plan.faster(choices), fast)
-    return f"{markdown(head, rows)}\n\nDifference from {fast}, paired by seed, in percentage points:\n\n{differences}"
+    table = difference_table(look_up, plan.faster(choices), curve[fast])
+    return f"{markdown(head, rows)}\n\nDifference from {fast}, paired by seed, in percentage points:\n\n{table}"
 
 
 def beside_the_curve(choices: plan.Choices) -> dict[str, list[Spec]]:
@@ -321,7 +338,7 @@ def causes_table(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """What changes with the micro-batch and the precision; and how much of the gradient is clipped."""
     rows, changes = [], []
     for row, groups in plan.causes(choices).items():
-        changes += [f"{row}:", difference_table(look_up, groups, "as chosen")]
+        changes += [f"{row}:", difference_table(look_up, groups, groups["as chosen"])]
         for cause, specs in groups.items():
             rows.append([row, cause, *averages(look_up, specs), *gradient_cells([look_up(spec) for spec in specs])])
     table = markdown(["method", "setting", *COLUMNS, *GRADIENT], rows)

@@ -310,7 +310,7 @@ def test_the_options_are_not_written_over_the_data(tmp_path: Path, capsys: pytes
     data = rows_of_mini(tmp_path / "rows.json")
     before = data.read_text()
     assert lfu("distill", model=MINI, data=data, out=tmp_path / "rows") == 2
-    assert f"{data} exists already; the options are kept there." in refusal(capsys)
+    assert f"{data} exists already: the options go there." in refusal(capsys)
     assert data.read_text() == before
 
 

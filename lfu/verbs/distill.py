@@ -131,7 +131,7 @@ def answers_in(out: Path, record: Path, options: DistillOptions, rows: list[Row]
         if out.exists():
             raise InputError(f"{out} exists already; answers are never overwritten. Choose another --out, or --resume.")
         if record.exists():
-            raise InputError(f"{record} exists already; the options are kept there. Choose another --out.")
+            raise InputError(f"{record} exists already: the options go there. Choose another --out, or remove it.")
         require_place(out)
         return []
     if not out.is_file():
