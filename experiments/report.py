@@ -41,18 +41,18 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(*accuracy(values))
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float], digits: int = 1) -> str:
+def difference(ours: Sequence[float], theirs: Sequence[float], digits: int = 1, factor: float = 100) -> str:
     """The mean of the paired differences, and its interval."""
-    return interval([a - b for a, b in zip(ours, theirs, strict=True)], digits)
+    return interval([a - b for a, b in zip(ours, theirs, strict=True)], digits, factor)
 
 
-def interval(differences: Sequence[float], digits: int = 1) -> str:
-    """The mean with its 95 % interval, in percentage points; bold where 0 lies outside."""
+def interval(differences: Sequence[float], digits: int = 1, factor: float = 100) -> str:
+    """The mean with its 95 % interval, times `factor`: in percentage points; bold where 0 lies outside."""
     d = mean(differences)
     if d.n == 1:
-        return f"{100 * d.value:+.{digits}f}"
+        return f"{factor * d.value:+.{digits}f}"
     reach = T_95[d.n - 2] * d.error
-    center, low, high = (f"{100 * value:+.{digits}f}" for value in (d.value, d.value - reach, d.value + reach))
+    center, low, high = (f"{factor * value:+.{digits}f}" for value in (d.value, d.value - reach, d.value + reach))
     text = f"{center} [{low}, {high}]"
     return f"**{text}**" if abs(d.value) > reach else text
 

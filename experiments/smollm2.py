@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 from experiments.markdown import markdown
 from experiments.mini import state_squares
+from experiments.report import difference
 from lfu import InputError, checkpoint, cli, model
 from lfu.checkpoint import read_json
 from lfu.data import (
@@ -352,8 +353,9 @@ def squares(world: World) -> dict[str, list[float]]:
 
 
 def table(out: Path) -> str:
-    """Per regime a row for each setting, over its seeds; then the way of each run, and how large the states are."""
-    return "\n\n".join([*(regime_table(out, regime) for regime in REGIMES), curves(out), size_lines(out)])
+    """Per regime each setting, over its seeds, and what it differs from SFT; the way of each run; the states' sizes."""
+    tables = [each for regime in REGIMES for each in (regime_table(out, regime), difference_table(out, regime))]
+    return "\n\n".join(filter(None, [*tables, curves(out), size_lines(out)]))
 
 
 def regime_table(out: Path, regime: str) -> str:
@@ -362,6 +364,24 @@ def regime_table(out: Path, regime: str) -> str:
     runs |= {name: [measured(out / f"{regime}-{name}-{seed}") for seed in SEEDS] for name in SETTINGS}
     rows = [row_of(name, [run for run in found if run]) for name, found in runs.items() if any(found)]
     return markdown([regime, *(head for head, _, _ in COLUMNS.values()), "test NLL by seed"], rows)
+
+
+def difference_table(out: Path, regime: str) -> str:
+    """Each setting with several seeds, less SFT of the same seed, with 95 % intervals over the seeds; empty if none."""
+    rows = []
+    for name in SETTINGS:
+        runs = [[measured(out / f"{regime}-{each}-{seed}") for each in (name, "sft")] for seed in SEEDS]
+        pairs = [pair for pair in runs if all(pair)]
+        if name != "sft" and len(pairs) > 1:
+            rows.append([name, *(paired(pairs, column, *how) for column, (_, *how) in COLUMNS.items())])
+    heads = [head.partition(",")[0] for head, _, _ in COLUMNS.values()]
+    return markdown([f"{regime}, less SFT", *heads], rows) if rows else ""
+
+
+def paired(pairs: list[list[dict[str, dict[str, float]]]], name: str, factor: float, digits: int) -> str:
+    """The mean difference in one column, over the seeds for which both were measured."""
+    values = [[run[name]["mean"] for run in pair] for pair in pairs if all(name in run for run in pair)]
+    return difference(*zip(*values, strict=True), digits, factor) if values else ""
 
 
 def measured(folder: Path) -> dict[str, dict[str, float]]:

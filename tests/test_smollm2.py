@@ -133,3 +133,23 @@ def test_the_table_has_a_row_for_each_setting_and_a_line_for_each_run(out: Path)
     assert f"test NLL after step 2: {along:.3f}, 4: " in curve
     assert "; held back 2: " in curve and "; drift 2: " in curve
     assert [line.split(":")[0] for line in lines[-2:]] == ["- mean square, answers", "- mean square, rows"]
+
+
+def test_differences_from_sft_are_paired_by_seed(tmp_path: Path) -> None:
+    for name, nll in {
+        "sft-42": 1.0,
+        "sft-43": 2.0,
+        "lora-42": 0.9,
+        "lora-43": 1.7,
+        "lora-44": 9.0,
+        "gem-42": 1.0,
+    }.items():
+        checkpoint.write_json(tmp_path / f"small-{name}" / "scores.json", {"nll": {"mean": nll, "error": 0.1}})
+    checkpoint.write_json(tmp_path / "small-lora-42" / "held.json", {"nll": {"mean": 0.5, "error": 0.1}})
+    checkpoint.write_json(tmp_path / "small-sft-42" / "held.json", {"nll": {"mean": 0.75, "error": 0.1}})
+    head, _, *rows = smollm2.difference_table(tmp_path, "small").splitlines()
+    assert head.startswith("| small, less SFT | test NLL | strict % |")
+    (cells,) = ([cell.strip() for cell in row.split("|")] for row in rows)
+    assert cells[1:3] == ["lora", "-0.200 [-1.471, +1.071]"]  # mean of -0.1 and -0.3, ± 12.706 times its error of 0.1
+    assert cells[-2] == "-0.250"
+    assert set(cells[3:-2]) == {""}
