@@ -375,7 +375,7 @@ def load(
 
 
 def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """float32 on the CPU, where bfloat16 saves no time; elsewhere the dtype of the folder's weights."""
+    """float32 on the CPU, elsewhere the dtype of the folder's weights."""
     return torch.float32 if device.type == "cpu" else stored_dtype(folder, "model.embed_tokens.weight")
 
 

@@ -223,9 +223,9 @@ def train(
 
     `optimizer` holds the tensors of `task` (see `adamw`) and updates them in place. Everything drawn at random is a
     function of (seed, epoch) or (seed, step, micro-batch), so a run that continues from a saved task and optimizer is
-    the run that was never interrupted. InputError for settings that cannot be used, or no rows. Before the update, and
-    naming the step: FloatingPointError if a loss or gradient is not finite, MemoryError if a batch does not fit, and
-    ConnectionError if another process of the run is gone.
+    the run that was never interrupted. InputError for settings that cannot be used, or no rows. Before the update of
+    a step: FloatingPointError if a loss or gradient is not finite and MemoryError if a batch does not fit, both naming
+    step and rows; ConnectionError if another process of the run is gone.
     """
     require_usable(settings)
     if not examples:
