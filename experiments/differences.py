@@ -281,8 +281,7 @@ def by_method(case: Case, name: str, base: Params | None = None) -> Found:
 def low(case: Case, name: str) -> Found:
     """The same with weights, stream and adapters in bfloat16, both passes rounded on their own."""
     base = tree_map(lambda tensor: None if tensor is None else tensor.bfloat16(), case.base)
-    rounded = [partial(fidelity.plain_products, module) for module in ("lfu.train", "lfu.released")]
-    with fidelity.changed((*rounded, fidelity.low_stream)):
+    with fidelity.changed((fidelity.plain_products, fidelity.low_stream)):
         return by_method(case, name, base)
 
 

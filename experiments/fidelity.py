@@ -46,9 +46,13 @@ LAMBDA = 1e12
 Gradients = dict[str, Tensor]
 
 
-def plain_products(module: str = "lfu.train") -> Any:
-    """The perturbed pass computed as the clean one is, each rounded on its own, by the methods of this module."""
-    return patch(f"{module}.relative_to", lambda record: model.base_product)
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """The perturbed pass computed as the clean one is, each rounded on its own, in every method."""
+    with ExitStack() as stack:
+        for module in ("lfu.train", "lfu.released"):
+            stack.enter_context(patch(f"{module}.relative_to", lambda record: model.base_product))
+        yield
 
 
 def low_stream() -> Any:

@@ -252,8 +252,7 @@ def table_4(look_up: plan.LookUp, choices: plan.Choices) -> str:
     steps = [f"{step} steps" for step in after]
     ours = ["complied, 20 steps", "aligned: loss", "gradient", "moved"]
     table = markdown(["method", *steps, *ours, "paper, 0 / 5 steps: HEx-PHI", "PureBad", "AdvBench"], rows)
-    less = [[row, *map(difference, each, rates["SFT"])] for row, each in rates.items() if row != "SFT"]
-    return f"{table}\n\nDifference from SFT:\n\n{markdown(['method', *steps], less)}"
+    return f"{table}\n\nDifference from SFT:\n\n{less_sft(steps, rates)}"
 
 
 def figure_5(look_up: plan.LookUp, choices: plan.Choices) -> str:
@@ -283,16 +282,20 @@ def with_differences(
 ) -> str:
     """What was found, row -> column -> by seed; then, paired by seed, what it differs from SFT."""
     table = markdown(["method", *heads], [[row, *map(cell, columns)] for row, columns in found.items()])
-    tuned = {row: columns for row, columns in found.items() if row not in ("base", "SFT")}
-    less = [[row, *map(partial(difference, digits=digits), each, found["SFT"])] for row, each in tuned.items()]
-    parts = [table, "Difference from SFT, in hundredths:", markdown(["method", *heads], less)]
-    return "\n\n".join(parts)
+    return f"{table}\n\nDifference from SFT, in hundredths:\n\n{less_sft(heads, found, digits)}"
+
+
+def less_sft(heads: list[str], found: dict[str, list[Sequence[float]]], digits: int = 1) -> str:
+    """Row -> column -> by seed, less SFT's of the same seeds; the base model has none."""
+    less = partial(difference, digits=digits)
+    rows = [[row, *map(less, each, found["SFT"])] for row, each in found.items() if row not in ("base", "SFT")]
+    return markdown(["method", *heads], rows)
 
 
 def figure_groups(choices: plan.Choices) -> dict[str, list[Spec]]:
     """The runs behind Figures 5 and 6."""
     base = {"base": [plan.base(measures=plan.figures_5_6(0))]}
-    return base | {row: [main_spec(choices, "math", row, seed) for seed in plan.FEW_SEEDS] for row in plan.TRIALS}
+    return base | {row: few(choices, row) for row in plan.TRIALS}
 
 
 def frontier_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
