@@ -48,7 +48,7 @@ Gradients = dict[str, Tensor]
 
 @contextmanager
 def plain_products() -> Iterator[None]:
-    """The perturbed pass computed as the clean one is, each rounded on its own, in every method."""
+    """The perturbed pass computed as the clean one is, each rounded on its own; not under remat."""
     with ExitStack() as stack:
         for module in ("lfu.train", "lfu.released"):
             stack.enter_context(patch(f"{module}.relative_to", lambda record: model.base_product))
@@ -109,8 +109,12 @@ def load(folder: Path, dtype: torch.dtype) -> Params:
 
 
 def starting_point(config: Config, adapter: Path | None) -> lora.Lora:
+    """The given adapter, which must have the rank and scale that all here is computed with, or a fresh one."""
     if adapter is not None:
-        return lora.load(adapter, config)[0]
+        task, scale = lora.load(adapter, config)
+        if scale != SCALE or len(next(iter(task[0].values())).A) != RANK:
+            raise SystemExit(f"{adapter} must have rank {RANK} and scale {SCALE:g}: all tables here are for these.")
+        return task
     return lora.init(config, RANK, generator=torch.Generator().manual_seed(0))
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=50)
     parsed = parser.parse_args()
-    rows = [json.loads(line) for line in parsed.gsm8k.read_text(encoding="utf-8").splitlines()[: parsed.rows]]
+    rows = read_lines(parsed.gsm8k)[: parsed.rows]
     with tempfile.TemporaryDirectory() as work, redirect_stdout(StringIO()):
         theirs, mine = gsm8k(parsed.model, rows, Path(work))
         found = answer_differences(parsed.model, mine.samples, theirs.samples)
@@ -104,8 +104,13 @@ def ours(folder: Path, score: str, rows: list[Any], work: Path, **options: Any) 
     given = {"model": str(folder), "data": str(data), "out": str(out), "score": score}
     given |= {"device": "cpu", "dtype": "float32"} | options
     scores = cli.evaluate(EvalOptions(**given))
-    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    records = read_lines(out)
     return Outcome(sorted(records, key=lambda record: record["row"]), scores)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """A JSONL file, whose lines end with a newline and with nothing else that Unicode calls the end of a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:

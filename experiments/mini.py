@@ -223,9 +223,9 @@ def measurements(here: World, adapters: list[Adapter], spec: Spec, form: Format)
     return {name: measure[name]() for name in spec.measures}
 
 
-def answers(here: World, adapters: list[Adapter], prompts: list[list[int]], max_new_tokens: int = 64) -> list[str]:
-    """Greedy completions, in the order of the prompts."""
-    how = {"max_new_tokens": max_new_tokens, "batch_size": 200, "stop": ("Question:",)}
+def answers(here: World, adapters: list[Adapter], prompts: list[list[int]]) -> list[str]:
+    """Greedy completions, at most 64 tokens, in the order of the prompts."""
+    how = {"max_new_tokens": 64, "batch_size": 200, "stop": ("Question:",)}
     found = dict(generate(here.config, here.base, here.codec, prompts, adapters, **how))
     return [found[index].text for index in range(len(prompts))]
 

@@ -61,7 +61,23 @@ def interval(differences: Sequence[float], digits: int = 1, factor: float = 100)
 
 
 def column(look_up: plan.LookUp, specs: Iterable[Spec], name: str) -> list[float]:
-    """One score of several runs: a column of the table, a category, the average of the categories, or the balance."""
+    """One score of several runs: a column of the table, a category, the average of the categories, or the balance.
+
+    KeyError if one of them diverged: the zeros that stand for its scores are for the choice of settings alone.
+    """
+    specs = list(specs)
+    if diverged(look_up, specs):
+        raise KeyError("score")
+    return scores_of(look_up, specs, name)
+
+
+def diverged(look_up: plan.LookUp, specs: Iterable[Spec]) -> bool:
+    """Whether any of these runs did."""
+    return any("diverged" in look_up(spec) for spec in specs)
+
+
+def scores_of(look_up: plan.LookUp, specs: Iterable[Spec], name: str) -> list[float]:
+    """`column`, with 0 for every score of a run that diverged."""
     measure = {"average": plan.average, "balance": plan.balance, "kept": plan.kept}
     tables = [look_up(spec)["scores"] for spec in specs]
     if name in measure:
@@ -147,6 +163,8 @@ def difference_table(
 
 def differences(look_up: plan.LookUp, ours: Sequence[Spec], theirs: Sequence[Spec]) -> list[str]:
     """Of every column, as cells."""
+    if diverged(look_up, [*ours, *theirs]):
+        return ["diverged"] * len(COLUMNS)
     return [difference(column(look_up, ours, name), column(look_up, theirs, name)) for name in COLUMNS]
 
 
@@ -178,11 +196,10 @@ def group_table(look_up: plan.LookUp, groups: dict[Any, list[Spec]], published: 
     """One row for each group of runs, beside the paper's where it has one."""
 
     def cells(name: Any, specs: list[Spec]) -> list[str]:
-        runs = [look_up(spec) for spec in specs]
-        if any("diverged" in run for run in runs):
+        if diverged(look_up, specs):
             own = ["diverged"] * len([*COLUMNS, *GRADIENT])
         else:
-            own = [*averages(look_up, specs), *gradient_cells(runs)]
+            own = [*averages(look_up, specs), *gradient_cells([look_up(spec) for spec in specs])]
         return [f"{name}", f"{len(specs)}", *own, " / ".join(f"{value:.1f}" for value in published.get(name, ()))]
 
     rows = [cells(name, specs) for name, specs in groups.items()]
@@ -366,7 +383,7 @@ def trials_table(look_up: plan.LookUp, trials: dict[str, list[plan.Trial]]) -> s
 
 def column_mean(look_up: plan.LookUp, trial: plan.Trial, name: str) -> float:
     """Of a trial's runs."""
-    return mean(column(look_up, plan.trial_specs(trial), name)).value
+    return mean(scores_of(look_up, plan.trial_specs(trial), name)).value
 
 
 def settings(trial: plan.Trial) -> list[str]:

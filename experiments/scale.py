@@ -5,8 +5,8 @@
 
 `step` writes random weights in the shape of a published model, once, as bfloat16 shards (16 GB for the larger one), and
 takes one LfU (LoRA) and one LfU (RepS) gradient from one row. The weights stay mapped from the file; what is resident
-beyond them is the step's own. `growth` takes blocks of Llama-3.1-8B's shape, and shows time per token over lengths and
-time per block over depths; and what the count of operations says of a model half as large again.
+beyond them is the step's own. `growth` takes blocks of Llama-3.1-8B's shape, and shows time per token over lengths
+and time over depths; and what the count of operations says of a model half as large again.
 """
 
 import argparse

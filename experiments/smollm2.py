@@ -169,13 +169,17 @@ class Paths:
 
 
 def run_all(paths: Paths, only: list[str] | None) -> None:
-    """Train and score everything that is not there yet."""
-    world = load_world(paths)
+    """Train and score everything that is not there yet. InputError, in the end, for the runs that cannot be made."""
+    world, refused = load_world(paths), []
     for name in only or ["base", *RUNS]:
         try:
             run_one(paths, world, name)
         except FloatingPointError as error:  # the other runs can still be made
             print(f"{name}: {error}", flush=True)
+        except InputError as error:
+            refused.append(f"{name}: {error}")
+    if refused:
+        raise InputError("\n".join(refused))
 
 
 def run_one(paths: Paths, world: World, name: str) -> None:

@@ -1,9 +1,9 @@
-"""What a step costs: time, memory and arithmetic of each method, beside transformers and peft where they are installed.
+"""What a step costs: time, memory and arithmetic of SFT and of both kinds of LfU, beside transformers and peft.
 
-All contestants work on the same batch in one process, one after the other, round after round; a ratio is the median of
-the rounds' ratios, because the speed of a machine drifts and its ratios do not. The count of floating-point operations
-says what the ratios should be: a forward pass multiplies each weight with each token once, and so does a backward pass,
-since frozen weights need no gradient of their own.
+The last two are measured where they are installed. All contestants work on the same batch in one process, one after
+the other, round after round; a ratio is the median of the rounds' ratios, because the speed of a machine drifts and its
+ratios do not. The count of floating-point operations says what the ratios should be: a forward pass multiplies each
+weight with each token once, and so does a backward pass, since frozen weights need no gradient of their own.
 
 `three_pass_gradient` is Algorithm 1 or 2 read literally, as the paper and its released code compute it. It equals
 `lfu_gradient`, which needs two passes. An aside.
@@ -49,7 +49,7 @@ Work = Callable[[], object]
 
 
 def own_steps(config: Config, base: Params, task: Lora, batch: Batch, *, compile: bool = False) -> dict[str, Work]:
-    """One gradient of each of our methods; with `compile` the first three through `torch.compile` as well."""
+    """One gradient of SFT and of each kind of LfU; with `compile` the first three through `torch.compile` as well."""
     rank, device, stream = len(next(iter(task[0].values())).A), base.embed.device, stream_dtype(base)
     generator = torch.Generator(device).manual_seed(0)
     aux = lora.init(config, rank, generator=generator, dtype=stream)

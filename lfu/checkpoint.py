@@ -244,7 +244,7 @@ def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
     return files
 
 
-def open_safetensors(file: Path, device: str | torch.device = "cpu"):
+def open_safetensors(file: Path, device: str | torch.device = "cpu") -> safe_open:
     """An open safetensors file; InputError if it is truncated or is not one."""
     try:
         return safe_open(file, framework="pt", device=str(device))
@@ -261,7 +261,7 @@ def read_all_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str
     return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118, the file is not a dict
 
 
-def check_tensor(name: str, file: Path, opened, shape: tuple[int, ...]) -> None:
+def check_tensor(name: str, file: Path, opened: safe_open, shape: tuple[int, ...]) -> None:
     """InputError unless the stored tensor has this shape and a floating-point type."""
     stored = opened.get_slice(name)
     if tuple(stored.get_shape()) != shape:
@@ -308,7 +308,7 @@ def swap(new: Path, target: Path) -> None:
         target.rename(before)
     try:
         new.rename(target)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         if existed:
             before.rename(target)
         raise
@@ -360,9 +360,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def stored_dtype(folder: Path, name: str, stem: str = "model") -> torch.dtype:
+def stored_dtype(folder: Path, name: str) -> torch.dtype:
     """The dtype a tensor has in the file."""
-    return open_safetensors(tensor_files(folder, stem)[name]).get_tensor(name).dtype
+    return open_safetensors(tensor_files(folder, "model")[name]).get_tensor(name).dtype
 
 
 SHARD_BYTES = 5 * 10**9

@@ -102,7 +102,7 @@ def json_object(line: str) -> dict:
         raise InputError(f"a row must be a JSON object, not {type(fields).__name__}.{hint}")
     for name, value in fields.items():
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps({name: value}, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise InputError(f"column {name!r} holds half a character, {half!r} alone: mend or remove it.") from error
@@ -261,8 +261,9 @@ def encode_rows(
 ) -> tuple[list[Example], list[str]]:
     """The examples, and a sentence for each row left out.
 
-    A row that is empty, too long or has no supervised token raises InputError naming it; with `drop` it is left out
-    instead. Nothing is ever cut: a prompt without its end, or an answer without EOS, teaches the wrong thing.
+    A row that is empty, too long, has no supervised token or contains a special token as text raises InputError naming
+    it; with `drop` it is left out instead. Nothing is ever cut: a prompt without its end, or an answer without EOS,
+    teaches the wrong thing.
     """
     examples, dropped = [], []
     for row in rows:

@@ -108,7 +108,8 @@ def merge(params: Params, adapter: Adapter) -> Params:
 def save(folder: Path, adapter: Adapter, *, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
-    `base` is what a reader should load below the adapter: an absolute path or a hub id.
+    `base` is what a reader should load below the adapter: an absolute path or a hub id. InputError for an adapter whose
+    blocks have different ranks or layers, for which that folder has no form.
     """
     lora, scale = adapter
     rank = next(iter(lora[0].values())).A.shape[0]

@@ -537,7 +537,18 @@ def test_eval_refuses_counts(
 
 def test_nothing_to_continue(capsys: pytest.CaptureFixture[str]) -> None:
     assert lfu("generate", model=MINI, template="plain", bos=False, question="") == 2
-    assert refusal(capsys).startswith("A prompt without tokens cannot be continued")
+    assert refusal(capsys).startswith("--question: the question is empty, and neither template nor BOS")
+
+
+def test_a_row_without_a_prompt_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "test.jsonl", [*sums(1), {"question": "", "answer": "#### 4"}])
+    options = {"model": MINI, "data": data, "out": tmp_path / "out.jsonl"}
+    assert lfu("eval", template="plain", bos=False, **options) == 2
+    assert refusal(capsys).startswith(f"{data}, line 2: the question is empty")
+    assert not (tmp_path / "out.jsonl").exists()
+    assert lfu("eval", template="plain", bos=True, max_new_tokens=2, **options) == 0
 
 
 GOOD = json.dumps(sums(1)[0])

@@ -250,6 +250,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
     [
         ('{"question": "Why?", "answer": "So.', "not valid JSON"),
         (r'{"question": "Why?", "answer": "So \ud83d"}', r"column 'answer' holds half a character, '\ud83d' alone"),
+        (r'{"question": "Why?", "answer": "So.", "\ud83d": 1}', r"column '\ud83d' holds half a character"),
         ('["Why?", "So."]', "a row must be a JSON object, not list"),
         ('{"question": "Why?", "response": "So."}', "no column 'answer'; the row has question, response"),
         ("{}", "no column 'question'; the row has none"),

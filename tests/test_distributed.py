@@ -122,6 +122,23 @@ def worker(launcher: int, *, rank: int) -> int:
     raise LookupError(f"No process of rank {rank}.")
 
 
+def test_processes_that_do_not_see_the_same_run_do_not_add_up_their_gradients(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "0"
+    assert run(1, out, data, save_every=1, keep=9).returncode == 0
+    options = COMMON | {"model": str(MINI), "data": str(data), "micro_batch_size": 2, "save_every": 1, "resume": True}
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os\nfrom pathlib import Path\nfrom lfu import cli\n"
+        f"cli.train(cli.TrainOptions(out=str(Path({str(tmp_path)!r}) / os.environ['RANK']), **{options!r}))\n"
+    )
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    before = weights(out)
+    apart = subprocess.run(together, capture_output=True, text=True, env=environment(), timeout=300)
+    assert apart.returncode != 0
+    assert "give all of them the same options and data, and an --out that they share" in apart.stderr
+    assert distance(weights(out), before) == 0
+
+
 def test_a_method_that_goes_in_turn_wants_one_process(data: Path, tmp_path: Path) -> None:
     refused = run(2, tmp_path / "run", data, method="released-reps")
     assert refused.returncode != 0

@@ -32,6 +32,16 @@ def test_only_the_default_precision_keeps_every_consistency_gradient(
     assert low[0] < 0.5 and products[0] < 0.9
 
 
+def test_an_adapter_of_another_scale_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"model": MINI, "data": ROWS, "template": "question", "limit": 16, "epochs": 1, "lora_alpha": 8}
+    assert lfu("train", out=tmp_path / "run", **options) == 0
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", *INPUT, "--adapter", str(tmp_path / "run" / "adapter")])
+    with pytest.raises(SystemExit, match="must have rank 8 and scale 2"):
+        fidelity.main()
+
+
 def test_what_is_wrong_when_parameters_are_put_back_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,6 +172,17 @@ def test_a_run_that_diverges_is_a_result() -> None:
     assert found["scores"] == dict.fromkeys(SPLITS, 0.0) | {"nll": math.inf}
 
 
+def test_a_run_that_diverged_has_no_place_in_a_mean() -> None:
+    good, bad = replace(SHORT, seed=1), replace(SHORT, seed=2)
+    runs = {good: {"scores": scores(0.5, 0.9)}, bad: {"scores": scores(0.0, 0.0), "diverged": "not finite"}}
+    table = report.difference_table(runs.__getitem__, {"bad": [bad]}, [good])
+    assert report.differences(runs.__getitem__, [good], [good]) == ["+0.0"] * len(report.COLUMNS)
+    assert "diverged" in table and "-50" not in table
+    with pytest.raises(KeyError):
+        report.column(runs.__getitem__, [good, bad], plan.TASK)
+    assert report.scores_of(runs.__getitem__, [good, bad], plan.TASK) == [0.5, 0.0]
+
+
 def test_runs_are_made_by_several_processes(tmp_path: Path) -> None:
     specs = [plan.base(measures=("noise",)), plan.base(measures=("noise",), seed=1)]
     run_all(tmp_path, specs, workers=2)

@@ -102,6 +102,12 @@ def test_a_run_that_is_not_finished_is_not_stopped_in_time(paths: Paths, tmp_pat
     assert not list(tmp_path.glob("small-stopped-42/*"))
 
 
+def test_a_run_that_cannot_be_made_does_not_keep_the_others_from_being_made(paths: Paths, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"small-stopped-42: .*has not been trained to its end"):
+        run_all(replace(paths, out=tmp_path), ["small-stopped-42", "base"])
+    assert (tmp_path / "base" / "scores.json").is_file()
+
+
 def test_a_text_too_short_to_score_is_refused(paths: Paths, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("The sea is wide.")
     with pytest.raises(InputError, match=r"tokens; 32 are scored\."):

@@ -24,9 +24,9 @@ class BenchOptions(ModelOptions):
 
 
 def bench(options: BenchOptions) -> str:
-    """What a step of each method costs, and the speed of decoding, beside transformers and peft where installed.
+    """What a step costs, of SFT and of both kinds of LfU, and the speed of decoding.
 
-    Prints and returns two tables in Markdown.
+    Beside transformers and peft where they are installed. Prints and returns two tables in Markdown.
     """
     require_counts(options, "rows", "length", "answer", "rank", "rounds", "prompts", "new_tokens")
     if options.answer >= options.length:

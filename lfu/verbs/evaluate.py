@@ -13,13 +13,14 @@ from lfu import InputError, spelled
 from lfu import evaluate as evaluating
 from lfu import generate as generating
 from lfu import likelihood as likelihoods
-from lfu.data import TEMPLATES, Example, Row, encode_row, prompt_ids, read_rows
+from lfu.data import TEMPLATES, Example, Row, encode_row, read_rows
 from lfu.evaluate import Estimate
 from lfu.verbs.shared import (
     RowsOptions,
     SpeakerOptions,
     Wording,
     option,
+    prompt_of,
     require_counts,
     require_place,
     speaker,
@@ -156,7 +157,8 @@ def asked(options: EvalOptions, words: Wording, rows: list[Row]) -> tuple[list[l
     """The prompts, and the strings that end an answer."""
     codec, form = words.codec, words.format
     if options.prompt == "own":
-        return [prompt_ids(codec, form, row.question) for row in rows], TEMPLATES[form.template].stops
+        places = (f"{options.data}, line {row.number}" for row in rows)
+        return [prompt_of(words, row.question, at) for row, at in zip(rows, places)], TEMPLATES[form.template].stops
     pool = read_rows(options.shots_data, options.reader()) if options.shots_data else []
     shots = [evaluating.draw_shots(pool, options.shots, options.seed, row) for row in rows]
     prompts = [evaluating.harness_prompt(codec, row, drawn, bos=form.bos) for row, drawn in zip(rows, shots)]

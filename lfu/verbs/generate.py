@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from lfu import generate as generating
-from lfu.data import TEMPLATES, prompt_ids
-from lfu.verbs.shared import SpeakerOptions, option, require_counts, speaker, wording
+from lfu.data import TEMPLATES
+from lfu.verbs.shared import SpeakerOptions, option, prompt_of, require_counts, speaker, wording
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ def generate(options: GenerateOptions) -> str:
     """Answer one question greedily; prints and returns the answer."""
     require_counts(options, "max_new_tokens")
     words = wording(options)
-    prompt = prompt_ids(words.codec, words.format, options.question)
+    prompt = prompt_of(words, options.question, "--question")
     who = speaker(options, words)
     ((_, completion),) = generating.generate(
         who.config, who.base, words.codec, [prompt], who.adapters,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lfu import InputError, checkpoint, lora, model, spelled
-from lfu.data import TEMPLATES, Codec, Format, load_codec
+from lfu.data import TEMPLATES, Codec, Format, load_codec, prompt_ids
 from lfu.layouts import LAYOUTS, Layout, layout_named
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -136,6 +136,14 @@ def wording(options: SpeakerOptions) -> Wording:
     asked = {"template": options.template, "bos": options.bos}
     form = stored._replace(**{name: value for name, value in asked.items() if value is not None})
     return Wording(folder, config, load_codec(folder, config.vocab_size), form)
+
+
+def prompt_of(words: Wording, question: str, where: str) -> list[int]:
+    """A question's prompt. InputError, naming where it stands, if there is no token to go on from."""
+    prompt = prompt_ids(words.codec, words.format, question)
+    if not prompt:
+        raise InputError(f"{where}: the question is empty, and neither template nor BOS puts a token before an answer.")
+    return prompt
 
 
 def speaker(options: SpeakerOptions, words: Wording) -> Speaker:

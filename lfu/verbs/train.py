@@ -109,12 +109,13 @@ def train(options: TrainOptions) -> Path:
 @contextmanager
 def joined(device: torch.device) -> Iterator[torch.device]:
     """Under `torchrun`, this process as one of several that train together, each on a device of its own."""
-    if not (distributed.is_available() and distributed.is_torchelastic_launched()):
+    together = distributed.is_available() and distributed.is_torchelastic_launched()
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if together else device
+        torch.cuda.set_device(device)  # whose memory `summary` tells
+    if not together:
         yield device
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         with nullcontext() if training.process()[0] == 0 else redirect_stdout(StringIO()):
@@ -142,12 +143,26 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     save_every = options.save_every or training.steps_per_epoch(len(plan.examples), plan.schedule)
     run = Run(out, plan.settings, save_every, options.keep, methods.state_of(plan.method), average)
     first = restore(run, config, task, optimizer)
+    if processes > 1:
+        require_same_start(first, plan.settings)
     steps = training.train(config, base, task, optimizer, plan.examples, plan.method, plan.schedule, first)
     if number == 0:
         follow(run, steps, task, optimizer, first, training.total_steps(len(plan.examples), plan.schedule))
     else:
         deque(steps, maxlen=0)
     return out / "adapter"
+
+
+def require_same_start(first: int, settings: dict[str, Any]) -> None:
+    """InputError unless all processes go on from the same step of the same run: their gradients are added up."""
+    own = first, {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    starts: list[Any] = [None] * training.process()[1]
+    distributed.all_gather_object(starts, own)
+    if any(start != own for start in starts):
+        raise InputError(
+            f"The processes of this run start behind the steps {[step for step, _ in starts]}, or with other settings: "
+            "give all of them the same options and data, and an --out that they share."
+        )
 
 
 class Plan(NamedTuple):
@@ -311,12 +326,12 @@ def follow(
             file.flush()
             bar.set_postfix_str(summary(metrics), refresh=False)
             bar.update()
-            done = metrics["step"]
+            done, stop = metrics["step"], bool(interrupted)
             if run.average is not None:
                 move_average(run.average, task, run.settings["ema"])
-            if done % run.save_every == 0 or done == last or interrupted:
+            if done % run.save_every == 0 or done == last or stop:
                 save(run, task, optimizer, done)
-            if interrupted and done < last:
+            if stop and done < last:
                 raise KeyboardInterrupt(f"Stopped after step {done} of {last}; continue with --resume.")
             clock = time.perf_counter()
     for name, tree in {"adapter": task, EMA: run.average}.items():
@@ -353,7 +368,7 @@ def summary(metrics: dict[str, float]) -> str:
     if "consistency" in metrics:
         parts.append(f"consistency {metrics['consistency']:.3g}")
     parts += [f"lr {metrics['learning_rate']:.2e}", f"{metrics['tokens_per_second']:.0f} tokens/s"]
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # the run is on a GPU
         parts.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     return ", ".join(parts)
 
