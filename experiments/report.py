@@ -65,21 +65,21 @@ def column(look_up: plan.LookUp, specs: Iterable[Spec], name: str) -> list[float
 
     KeyError if one of them diverged: the zeros that stand for its scores are for the choice of settings alone.
     """
-    specs = list(specs)
-    if diverged(look_up, specs):
+    runs = [look_up(spec) for spec in specs]
+    if diverged(runs):
         raise KeyError("score")
-    return scores_of(look_up, specs, name)
+    return scores_of(runs, name)
 
 
-def diverged(look_up: plan.LookUp, specs: Iterable[Spec]) -> bool:
+def diverged(runs: Iterable[dict[str, Any]]) -> bool:
     """Whether any of these runs did."""
-    return any("diverged" in look_up(spec) for spec in specs)
+    return any("diverged" in run for run in runs)
 
 
-def scores_of(look_up: plan.LookUp, specs: Iterable[Spec], name: str) -> list[float]:
-    """`column`, with 0 for every score of a run that diverged."""
+def scores_of(runs: Iterable[dict[str, Any]], name: str) -> list[float]:
+    """`column` of these runs, with 0 for every score of one that diverged."""
     measure = {"average": plan.average, "balance": plan.balance, "kept": plan.kept}
-    tables = [look_up(spec)["scores"] for spec in specs]
+    tables = [run["scores"] for run in runs]
     if name in measure:
         return [measure[name](scores) for scores in tables]
     return [scores[name] if name in SPLITS else plan.category(scores, name) for scores in tables]
@@ -163,7 +163,7 @@ def difference_table(
 
 def differences(look_up: plan.LookUp, ours: Sequence[Spec], theirs: Sequence[Spec]) -> list[str]:
     """Of every column, as cells."""
-    if diverged(look_up, [*ours, *theirs]):
+    if diverged(map(look_up, [*ours, *theirs])):
         return ["diverged"] * len(COLUMNS)
     return [difference(column(look_up, ours, name), column(look_up, theirs, name)) for name in COLUMNS]
 
@@ -196,10 +196,11 @@ def group_table(look_up: plan.LookUp, groups: dict[Any, list[Spec]], published: 
     """One row for each group of runs, beside the paper's where it has one."""
 
     def cells(name: Any, specs: list[Spec]) -> list[str]:
-        if diverged(look_up, specs):
+        runs = [look_up(spec) for spec in specs]
+        if diverged(runs):
             own = ["diverged"] * len([*COLUMNS, *GRADIENT])
         else:
-            own = [*averages(look_up, specs), *gradient_cells([look_up(spec) for spec in specs])]
+            own = [*averages(look_up, specs), *gradient_cells(runs)]
         return [f"{name}", f"{len(specs)}", *own, " / ".join(f"{value:.1f}" for value in published.get(name, ()))]
 
     rows = [cells(name, specs) for name, specs in groups.items()]
@@ -383,7 +384,7 @@ def trials_table(look_up: plan.LookUp, trials: dict[str, list[plan.Trial]]) -> s
 
 def column_mean(look_up: plan.LookUp, trial: plan.Trial, name: str) -> float:
     """Of a trial's runs."""
-    return mean(scores_of(look_up, plan.trial_specs(trial), name)).value
+    return mean(scores_of(map(look_up, plan.trial_specs(trial)), name)).value
 
 
 def settings(trial: plan.Trial) -> list[str]:

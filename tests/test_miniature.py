@@ -180,7 +180,7 @@ def test_a_run_that_diverged_has_no_place_in_a_mean() -> None:
     assert "diverged" in table and "-50" not in table
     with pytest.raises(KeyError):
         report.column(runs.__getitem__, [good, bad], plan.TASK)
-    assert report.scores_of(runs.__getitem__, [good, bad], plan.TASK) == [0.5, 0.0]
+    assert report.scores_of(runs.values(), plan.TASK) == [0.5, 0.0]
 
 
 def test_runs_are_made_by_several_processes(tmp_path: Path) -> None:

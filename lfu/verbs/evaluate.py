@@ -157,8 +157,8 @@ def asked(options: EvalOptions, words: Wording, rows: list[Row]) -> tuple[list[l
     """The prompts, and the strings that end an answer."""
     codec, form = words.codec, words.format
     if options.prompt == "own":
-        places = (f"{options.data}, line {row.number}" for row in rows)
-        return [prompt_of(words, row.question, at) for row, at in zip(rows, places)], TEMPLATES[form.template].stops
+        prompts = [prompt_of(words, row.question, f"{options.data}, line {row.number}") for row in rows]
+        return prompts, TEMPLATES[form.template].stops
     pool = read_rows(options.shots_data, options.reader()) if options.shots_data else []
     shots = [evaluating.draw_shots(pool, options.shots, options.seed, row) for row in rows]
     prompts = [evaluating.harness_prompt(codec, row, drawn, bos=form.bos) for row, drawn in zip(rows, shots)]

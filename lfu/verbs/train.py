@@ -326,7 +326,7 @@ def follow(
             file.flush()
             bar.set_postfix_str(summary(metrics), refresh=False)
             bar.update()
-            done, stop = metrics["step"], bool(interrupted)
+            done, stop = metrics["step"], bool(interrupted)  # read once: no end without its checkpoint
             if run.average is not None:
                 move_average(run.average, task, run.settings["ema"])
             if done % run.save_every == 0 or done == last or stop:
