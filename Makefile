@@ -3,16 +3,23 @@ PYTHON ?= python3
 FOLDER ?= runs
 VENV := .venv
 BIN := $(VENV)/bin
-# Any build of PyTorch from 2.13 on will do. Without a GPU the CPU build saves a download of several gigabytes:
+# Any build of PyTorch from 2.6 on will do. Without a GPU the CPU build saves a download of several gigabytes:
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-.PHONY: install test mutants lint demo walkthrough walkthrough-check scale clean
+.PHONY: install test test-oldest mutants lint demo walkthrough walkthrough-check scale clean
 
 install: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q
+
+# The same on the oldest PyTorch that is supported, in an environment of its own (a CUDA build: several gigabytes).
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet torch==2.6.0
+	$(VENV)-oldest/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)-oldest/bin/python -m pytest -q
 
 mutants: $(VENV)/installed-test
 	cd tests && ../$(BIN)/python -m mutants
@@ -53,4 +60,4 @@ $(VENV)/installed-docs: $(VENV)/torch pyproject.toml
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-oldest runs

@@ -88,18 +88,24 @@ def precision(here: Model, parsed: argparse.Namespace) -> None:
     config, base, task = here
     batch = bench.random_batch(config, ROWS, LENGTH, ANSWER, 0, torch.device("cpu"))
     own = own_steps(config, base, task, batch)
-    attention = (F, "scaled_dot_product_attention", rounded_attention(F.scaled_dot_product_attention))
-    adapters = (model, "adapted", rounded_adapters)
-    parts = {
-        "as it is": [],
-        "attention in bfloat16": [attention],
-        "adapters in bfloat16": [adapters],
-        "both": [attention, adapters],
-    }
+    parts = {"as it is": []} | float32_parts()
     for name in ("sft", "lfu-lora"):
         times = interleaved({part: patched(own[name], how) for part, how in parts.items()}, parsed.rounds)
         for part in parts:
             print(f"{name}, {part}: {spread(times[part], times['as it is'])}", flush=True)
+
+
+def float32_parts() -> dict[str, list[tuple[Any, str, Any]]]:
+    """What to replace so that these parts of a step are computed in bfloat16."""
+    attention = (F, "scaled_dot_product_attention", rounded_attention(F.scaled_dot_product_attention))
+    adapters = (model, "adapted", rounded_adapters)
+    norms = (model, "rms_norm", rounded_norm(model.rms_norm))
+    return {
+        "attention": [attention],
+        "adapters": [adapters],
+        "norms": [norms],
+        "all three": [attention, adapters, norms],
+    }
 
 
 def patched(work: Work, patches: list[tuple[Any, str, Any]]) -> Work:
@@ -118,6 +124,10 @@ def rounded_attention(attention: Callable[..., Tensor]) -> Callable[..., Tensor]
     return lambda q, k, v, **how: attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **how).to(q.dtype)
 
 
+def rounded_norm(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, weight, eps: norm(x.bfloat16(), weight, eps).to(x.dtype)
+
+
 def rounded_adapters(layer: Layer, index: int, adapters: list[Adapter], product: Product) -> Linear:
     """`model.adapted` with bfloat16 products of A and B."""
 
@@ -125,7 +135,7 @@ def rounded_adapters(layer: Layer, index: int, adapters: list[Adapter], product:
         y = product(index, name, x, getattr(layer, name))
         for lora, scale in adapters:
             A, B = lora[index][name]
-            y = y + F.linear(F.linear(x.bfloat16(), A.bfloat16()), (scale * B).bfloat16()).to(y.dtype)
+            y = y + (F.linear(x.bfloat16(), A.bfloat16()) @ (scale * B).T.contiguous().bfloat16()).to(y.dtype)
         return y
 
     return linear

@@ -126,7 +126,7 @@ def gradients(config: Config, base: Params, task: lora.Lora, batch: Batch) -> Gr
     for title, name, alpha, lam in SETTINGS:
         ascents: list[Tensor] = []
         with ascending_into(ascents):
-            generator = torch.Generator().manual_seed(1)
+            generator = torch.Generator(base.embed.device).manual_seed(1)
             how = {"scale": SCALE, "alpha": alpha, "lam": LAMBDA}
             total = flat(methods.METHODS[name](config, base, task, batch, generator, **how)[0])
         consistency = (total - sft) / LAMBDA

@@ -142,10 +142,10 @@ def sharded(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int,
 
 
 def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A matrix as models are initialised; the weight of a norm is one."""
+    """A matrix as models are initialised, on the generator's device; the weight of a norm is one."""
     if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)
+        return torch.ones(shape, dtype=torch.bfloat16, device=generator.device)
+    return torch.randn(shape, generator=generator, device=generator.device).mul_(0.02).to(torch.bfloat16)
 
 
 # --- growth ----------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def interleaved(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
 
 def timed(work: Work) -> float:
     """Seconds, an accelerator's queue included."""
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronise = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     synchronise()
     start = time.perf_counter()
     work()
@@ -309,6 +309,13 @@ def decoding_works(
     return works
 
 
+def random_prompts(config: Config, prompts: int, length: int, seed: int) -> list[list[int]]:
+    """Random tokens, from half the length to all of it."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [max(1, round(length * (0.5 + 0.5 * (row + 1) / prompts))) for row in range(prompts)]
+    return [torch.randint(config.vocab_size, (each,), generator=generator).tolist() for each in lengths]
+
+
 def decoding_table(
     config: Config,
     base: Params,
@@ -322,14 +329,13 @@ def decoding_table(
     rounds: int,
     seed: int,
 ) -> str:
-    """Markdown: tokens a second of greedy decoding. The prompts are random, from half the length to all of it."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [max(1, round(length * (0.5 + 0.5 * (row + 1) / prompts))) for row in range(prompts)]
-    texts = [torch.randint(config.vocab_size, (each,), generator=generator).tolist() for each in lengths]
+    """Markdown: tokens a second of greedy decoding of `random_prompts`."""
+    texts = random_prompts(config, prompts, length, seed)
     works = decoding_works(config, base, codec, peers, texts, rank=rank, new_tokens=new_tokens)
     times = interleaved(works, rounds)
     lines = [
-        f"{prompts} prompts of {lengths[0]} to {lengths[-1]} tokens, {new_tokens} new tokens each, {rounds} rounds.",
+        f"{prompts} prompts of {len(texts[0])} to {len(texts[-1])} tokens, {new_tokens} new tokens each, "
+        f"{rounds} rounds.",
         "",
         "| greedy decoding | tokens/s | / transformers | / transformers + peft |",
         "|---|---|---|---|",

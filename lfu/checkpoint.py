@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -356,8 +357,11 @@ def flush(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """The checksum of a file; safetensors itself has none."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        for part in iter(partial(file.read, 2**20), b""):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def stored_dtype(folder: Path, name: str) -> torch.dtype:

@@ -326,7 +326,7 @@ def labelled(example: Example) -> list[int]:
 
 def pad(rows: Sequence[Sequence[int]], filler: int = 0) -> Tensor:  # -> [B,T] int64
     """Rows of unequal length as one tensor. What is padding is told by its place, so any token may fill it."""
-    padded = torch.full((len(rows), max(map(len, rows))), filler)
+    padded = torch.full((len(rows), max(map(len, rows))), filler, device="cpu")
     for row, values in enumerate(rows):
-        padded[row, : len(values)] = torch.tensor(values)
+        padded[row, : len(values)] = torch.tensor(values, device="cpu")
     return padded

@@ -176,7 +176,8 @@ def new_state(config: Config, generator: torch.Generator, dtype: torch.dtype) ->
     shape = (config.num_hidden_layers, config.hidden_size)
     vectors = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
     moments = {"exp_avg": torch.zeros_like(vectors), "exp_avg_sq": torch.zeros_like(vectors)}
-    return {"vectors": vectors, **moments, "step": torch.zeros(()), "calls": torch.zeros((), dtype=torch.int64)}
+    counters = {"step": torch.zeros((), device="cpu"), "calls": torch.zeros((), dtype=torch.int64, device="cpu")}
+    return {"vectors": vectors, **moments, **counters}
 
 
 def raise_loss(state: State, ascent: Tensor, learning_rate: float, micro_batches: int) -> None:

@@ -83,7 +83,7 @@ class ModelOptions:
     dtype: str | None = option(
         "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
     )
-    device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda where there is one)", None)
+    device: str | None = option("cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else mps)", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +184,22 @@ def in_stream(adapter: lora.Adapter, base: model.Params) -> lora.Adapter:
 
 
 def choose_dtype(name: str | None, folder: Path, device: torch.device) -> torch.dtype:
-    """The dtype of this name, or else `model.default_dtype`."""
-    return DTYPES[name] if name is not None else model.default_dtype(folder, device)
+    """The dtype of this name, or else `model.default_dtype`. InputError for float64 where the device has none."""
+    dtype = DTYPES[name] if name is not None else model.default_dtype(folder, device)
+    if dtype == torch.float64 and device.type == "mps":
+        raise InputError("The device mps has no float64: give --dtype float32, or --device cpu.")
+    return dtype
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name, or the best there is; InputError if it cannot be used."""
+    """The device of this name, or the best there is: cuda, then mps, then cpu. InputError if it cannot be used."""
     try:
-        return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        return torch.zeros(0, device=name or best_device()).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"The device {name!r} cannot be used here: {error}") from error
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

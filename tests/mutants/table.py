@@ -240,6 +240,12 @@ MODEL = [
             "values[rows, :, positions] = k.transpose(1, 2)",
             checks.decoding("llama31"),
         ),
+        (
+            "query heads read another group's keys",
+            "q.unflatten(1, (k.shape[1], -1))",
+            "q.unflatten(1, (-1, k.shape[1])).transpose(1, 2)",
+            checks.decoding("llama31"),
+        ),
     ),
 ]
 
