@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from lfu import bench, methods, model, train
 from lfu.bench import Work, interleaved, own_steps, spread, timed
-from lfu.data import Example, Format, encode_row, load_codec, read_rows, split_by_length
+from lfu.data import Example, Format, encode_row, load_tokenizer, read_rows, split_by_length
 from lfu.lora import Adapter, Lora
 from lfu.memory import expected_peak, peak
 from lfu.model import Config, Layer, Linear, Params, Product
@@ -76,7 +76,7 @@ def remat(here: Model, parsed: argparse.Namespace) -> None:
     for rows, length, answer in ((1, 200, 120), (4, 200, 120), (2, 400, 240)):
         for row, (name, again) in kinds.items():
             method, work = one_step(here, name, rows, length, answer, remat=again)
-            expected = expected_peak(partial(methods.tried, method, *here), rows * length, answer / length)
+            expected = expected_peak(partial(methods.probe, method, *here), rows * length, answer / length)
             print(f"{row}, {rows} x {length}: expected over counted {expected / peak(work):.3f}", flush=True)
 
 
@@ -98,7 +98,7 @@ def precision(here: Model, parsed: argparse.Namespace) -> None:
 def float32_parts() -> dict[str, list[tuple[Any, str, Any]]]:
     """What to replace so that these parts of a step are computed in bfloat16."""
     attention = (F, "scaled_dot_product_attention", rounded_attention(F.scaled_dot_product_attention))
-    adapters = (model, "adapted", rounded_adapters)
+    adapters = (model, "linear_with_adapters", rounded_adapters)
     norms = (model, "rms_norm", rounded_norm(model.rms_norm))
     return {
         "attention": [attention],
@@ -129,7 +129,7 @@ def rounded_norm(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def rounded_adapters(layer: Layer, index: int, adapters: list[Adapter], product: Product) -> Linear:
-    """`model.adapted` with bfloat16 products of A and B."""
+    """`model.linear_with_adapters` with bfloat16 products of A and B."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         y = product(index, name, x, getattr(layer, name))
@@ -173,13 +173,13 @@ def operations(here: Model, parsed: argparse.Namespace) -> None:
 def padding(here: Model, parsed: argparse.Namespace) -> None:
     """Three optimizer steps on real rows, over as many tokens in rows of one length."""
     config, base, task = here
-    codec, settings = load_codec(parsed.model, config.vocab_size), train.Settings()
-    examples = [encode_row(codec, Format(), row) for row in read_rows(parsed.data)]
+    tokenizer, settings = load_tokenizer(parsed.model, config.vocab_size), train.Settings()
+    examples = [encode_row(tokenizer, Format(), row) for row in read_rows(parsed.data)]
     method = methods.bind("sft", config, scale=bench.SCALE)[0]
     for step in range(3):
         chosen = [examples[row] for row in train.rows_of_step(len(examples), settings, step)[1]]
         lengths = [len(example.tokens) for example in chosen]
-        share = sum(example.supervised for example in chosen) / sum(lengths)
+        share = sum(example.num_loss_tokens for example in chosen) / sum(lengths)
         length = round(sum(lengths) / len(chosen))
         even = [Example([5] * length, length - round(share * length), row) for row in range(len(chosen))]
         works = {

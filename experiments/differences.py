@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_map
 
 from experiments import fidelity
 from lfu import lora, methods, model, released, steering
-from lfu.data import Batch, Codec, Example, Format, collate, encode_row, load_codec, read_rows, token_ids
+from lfu.data import Batch, Example, Format, ModelTokenizer, collate, encode_row, load_tokenizer, read_rows, token_ids
 from lfu.lora import Adapter, Lora
-from lfu.loss import IGNORED, consistency_loss, predicts, sft_loss, targets
+from lfu.loss import IGNORED, answer_labels, answer_mask, consistency_loss, sft_loss
 from lfu.model import Config, Params, Steering, embed, forward, trunk, unembed
 from lfu.train import Settings, ascend, differentiate, sft_gradient
 
@@ -61,13 +61,13 @@ States = Callable[[Config, Params, Tensor, list[Tensor]], list[Tensor]]
 
 def main() -> None:
     parsed = fidelity.arguments(__doc__).parse_args()
-    codec = load_codec(parsed.model, model.read_config(parsed.model / "config.json").vocab_size)
+    tokenizer = load_tokenizer(parsed.model, model.read_config(parsed.model / "config.json").vocab_size)
     rows, form = read_rows(parsed.data), Format(parsed.template)
-    examples = [encode_row(codec, form, row) for row in rows]
+    examples = [encode_row(tokenizer, form, row) for row in rows]
     case = load_case(parsed.model, parsed.adapter, examples[:ROWS])
     show("LfU (LoRA)", lora_rows(case))
     show("LfU (RepS)", reps_rows(case))
-    show("One optimizer step of 16 rows, LfU (LoRA)", step_rows(case, codec))
+    show("One optimizer step of 16 rows, LfU (LoRA)", step_rows(case, tokenizer))
     print(alongside_sft(case))
     print(lengths(examples))
     print(unmoved(Settings().learning_rate))
@@ -102,7 +102,7 @@ def lora_rows(case: Case) -> Rows:
     yield "nothing but another draw of the auxiliary A", partial(alone, seed=2)
     yield "the task LoRA itself is moved, A and B", partial(alone, moved="task")
     yield "the ascent direction comes from another batch", partial(alone, ascent_on=case.other)
-    yield "K+1 states, the last behind the final norm", partial(alone, states=released.states)
+    yield "K+1 states, the last after the final norm", partial(alone, states=released.states)
     yield "at the answer's own tokens, not those that predict them", partial(alone, mask=answer)
     yield "the squared norm as printed, not divided by D", partial(alone, norm="sum")
     yield "all of the released code (`released-lora`)", partial(by_method, case, "released-lora")
@@ -117,7 +117,7 @@ def lora_variant(
     ascent_on: Batch | None = None,
     seed: int = 1,
     states: States | None = None,
-    mask: Callable[[Tensor], Tensor] = predicts,
+    mask: Callable[[Tensor], Tensor] = answer_mask,
     norm: str = "mean",
     per_example: bool = False,
 ) -> Found:
@@ -133,7 +133,7 @@ def lora_variant(
         def mean(rows: slice) -> Tensor:
             # Logits where they are needed only: all of 16 rows at once would take several gigabytes.
             labels = on.labels[rows]
-            return F.cross_entropy(unembed(config, base, h[rows][predicts(labels)]), targets(labels))
+            return F.cross_entropy(unembed(config, base, h[rows][answer_mask(labels)]), answer_labels(labels))
 
         return average(mean, on), ()
 
@@ -181,7 +181,7 @@ def reps_rows(case: Case) -> Rows:
     yield "the MLP's output is turned, its length kept (at every position)", partial(alone, turned=True)
     yield "the perturbed side is held constant, the clean side trained", partial(alone, trained="clean")
     yield "the perturbed states are those of another batch", partial(alone, perturbed_on=case.other)
-    yield "K+1 states, the last behind the final norm", partial(alone, states=released.states)
+    yield "K+1 states, the last after the final norm", partial(alone, states=released.states)
     yield "at the answer's own tokens, not those that predict them", partial(alone, mask=answer)
     yield "all of the released code (`released-reps`)", partial(by_method, case, "released-reps")
     yield "Algorithm 2 in bfloat16 throughout", partial(low, case, "lfu-reps")
@@ -197,12 +197,12 @@ def reps_variant(
     trained: str = "perturbed",
     perturbed_on: Batch | None = None,
     states: States | None = None,
-    mask: Callable[[Tensor], Tensor] = predicts,
+    mask: Callable[[Tensor], Tensor] = answer_mask,
 ) -> Found:
     """Algorithm 2, written out in three passes, with one thing or another changed."""
     config, base, task, _, batch, _ = case
     alpha, lam = (PUBLISHED["reps"][name] for name in ("alpha", "lam"))
-    where = torch.ones_like if everywhere else predicts
+    where = torch.ones_like if everywhere else answer_mask
 
     def loss(d: Tensor) -> tuple[Tensor, Any]:
         steered = Steering(d, where(batch.labels).bool())
@@ -220,10 +220,10 @@ def reps_variant(
     def perturbed_states(task: Lora) -> list[Tensor]:
         tokens, labels = perturbed_on or batch
         if turned:
-            found = compared_states(tokens, product=released.turning(base, task, SCALE, undesirable, alpha))
+            found = compared_states(tokens, product=released.steered_mlp_product(base, task, SCALE, undesirable, alpha))
         else:
             found = compared_states(tokens, [(task, SCALE)], Steering(undesirable, where(labels).bool()))
-        return [released.stretched(h, batch.tokens.shape[1]) for h in found]
+        return [released.match_length(h, batch.tokens.shape[1]) for h in found]
 
     def consistency(task: Lora) -> tuple[Tensor, Any]:
         if trained == "clean":
@@ -240,7 +240,7 @@ def reps_variant(
 
 
 def answer(labels: Tensor) -> Tensor:  # [B,T] -> [B,T] bool
-    """The positions of the answer's tokens, one behind those that predict them."""
+    """The positions of the answer's tokens, one after those that predict them."""
     return labels != IGNORED
 
 
@@ -288,19 +288,22 @@ def low(case: Case, name: str) -> Found:
 # --- one optimizer step ---------------------------------------------------------------------------
 
 
-def step_rows(case: Case, codec: Codec) -> Rows:
+def step_rows(case: Case, tokenizer: ModelTokenizer) -> Rows:
     rows = by_length(case.examples)
-    newlines = token_ids(codec, "\n\n")
+    newlines = token_ids(tokenizer, "\n\n")
     yield "four micro-batches of 4, by length, weighted by tokens", partial(step, case, rows)
     for size in (1, 2, 8):
         yield f"micro-batches of {size}", partial(step, case, rows, size)
     yield "micro-batches not grouped by length", partial(step, case, case.examples)
     yield "every micro-batch's consistency counts the same", partial(step, case, rows, equal_consistency=True)
     yield "means over each example first, as Eqs. 1 and 5 are printed", partial(step, case, rows, per_example=True)
-    longer = [Example([*row.tokens, *newlines], row.prompt, row.row) for row in rows]
-    yield "two newlines behind EOS carry loss too", partial(step, case, longer)
-    if codec.bos:
-        yield "no BOS", partial(step, case, [Example(row.tokens[1:], row.prompt - 1, row.row) for row in rows])
+    longer = [Example([*row.tokens, *newlines], row.prompt_length, row.line_number) for row in rows]
+    yield "two newlines after EOS carry loss too", partial(step, case, longer)
+    if tokenizer.bos:
+        yield (
+            "no BOS",
+            partial(step, case, [Example(row.tokens[1:], row.prompt_length - 1, row.line_number) for row in rows]),
+        )
 
 
 def by_length(examples: Sequence[Example]) -> list[Example]:
@@ -318,7 +321,7 @@ def step(
     """The gradient of an optimizer step, from micro-batches of this many rows in this order."""
     groups = [examples[start : start + size] for start in range(0, len(examples), size)]
     parts = [lora_variant(case._replace(batch=collate(group)), per_example=per_example) for group in groups]
-    tokens = [sum(example.supervised for example in group) for group in groups]
+    tokens = [sum(example.num_loss_tokens for example in group) for group in groups]
     shares = [count / sum(tokens) for count in tokens]
     equal = [1 / len(groups)] * len(groups)
     lam = PUBLISHED["lora"]["lam"]

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from experiments.markdown import markdown
 from lfu import lora, methods, model, train
-from lfu.data import Batch, Format, collate, encode_row, load_codec, read_rows
+from lfu.data import Batch, Format, collate, encode_row, load_tokenizer, read_rows
 from lfu.model import Config, Params
 
 
@@ -82,8 +82,8 @@ def main() -> None:
     parsed = parser.parse_args()
     config = model.read_config(parsed.model / "config.json")
     task = starting_point(config, parsed.adapter)
-    codec, form = load_codec(parsed.model, config.vocab_size), Format(parsed.template)
-    batch = collate([encode_row(codec, form, row) for row in read_rows(parsed.data)[: parsed.rows]])
+    tokenizer, form = load_tokenizer(parsed.model, config.vocab_size), Format(parsed.template)
+    batch = collate([encode_row(tokenizer, form, row) for row in read_rows(parsed.data)[: parsed.rows]])
     # The file holds bfloat16, so every dtype starts from the very same weights.
     reference = gradients(config, load(parsed.model, torch.float64), task, batch)
     columns = {}

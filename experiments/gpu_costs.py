@@ -20,7 +20,7 @@ from experiments.mini import MINI
 from experiments.scale import SHAPES, drawn
 from lfu import bench, checkpoint, lora, methods, model, train
 from lfu.bench import Work, spread
-from lfu.data import Batch, load_codec
+from lfu.data import Batch, load_tokenizer
 from lfu.memory import expected_peak, peak
 from lfu.model import Config, Params
 
@@ -155,7 +155,7 @@ def step_costs(
         flops, median = bench.step_flops(here.config, passes, rows, length, answers, RANK), statistics.median(taken)
         expected = "-"
         if title in bound:
-            step = partial(methods.tried, bound[title], here.config, here.base, task)
+            step = partial(methods.probe, bound[title], here.config, here.base, task)
             expected = f"{expected_peak(step, rows * length, answers / (rows * length)) / 2**30:.3g}"
         lines.append([
             title, f"{1e3 * median:.1f}", spread(taken, times["sft"]) if "sft" in times else "-",
@@ -268,10 +268,10 @@ def in_bfloat16(run: Run, work: Work) -> tuple[list[str], list[list[str]], str]:
 def decoding(run: Run) -> None:
     """Greedy decoding by each contestant."""
     here = large(run)
-    peers, codec = peers_of(here), load_codec(MINI, here.config.vocab_size)  # its texts are nobody's concern
+    peers, tokenizer = peers_of(here), load_tokenizer(MINI, here.config.vocab_size)  # its texts are nobody's concern
     count, length, new_tokens, rounds = (4, 16, 4, 1) if run.small else (32, 200, 64, 3)
     prompts = bench.random_prompts(here.config, count, length, 0)
-    works = bench.decoding_works(here.config, here.base, codec, peers, prompts, rank=RANK, new_tokens=new_tokens)
+    works = bench.decoding_works(here.config, here.base, tokenizer, peers, prompts, rank=RANK, new_tokens=new_tokens)
     times = bench.interleaved(works, rounds)
     others = ("transformers", "transformers + peft")
     rows = []

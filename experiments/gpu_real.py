@@ -20,7 +20,7 @@ from experiments.gpu import LIMITS, Run, save, tell
 from experiments.mini import MINI
 from lfu import cli, lora, model
 from lfu.checkpoint import read_json, write_json
-from lfu.data import TEMPLATES, Example, Format, encode_row, load_codec, prompt_ids, read_rows, token_ids
+from lfu.data import TEMPLATES, Example, Format, encode_row, load_tokenizer, prompt_ids, read_rows, token_ids
 from lfu.evaluate import Estimate, accuracy, answer_nll, gsm8k_scores
 from lfu.generate import generate
 
@@ -117,21 +117,21 @@ def one(run: Run, name: str) -> None:
     if METHODS[name]:
         adapters = [lora.load(fine_tune(run, world, name), config, device=run.device)]
     scores = {"minutes": f"{(time.perf_counter() - began) / 60:.1f}"}
-    codec, form = load_codec(world.model, config.vocab_size), Format(world.template)
+    tokenizer, form = load_tokenizer(world.model, config.vocab_size), Format(world.template)
     rows = read_rows(world.test)[: world.rows]
-    examples = [encode_row(codec, form, row) for row in rows]
+    examples = [encode_row(tokenizer, form, row) for row in rows]
 
     def note(**estimates: Estimate) -> None:
         scores.update({key: f"{estimate.mean:.4f} ± {estimate.error:.4f}" for key, estimate in estimates.items()})
         write_json(path, scores)
 
     note(nll=answer_nll(config, base, examples, adapters, batch_size=32))
-    tokens = token_ids(codec, world.text[: 8 * world.window * world.windows])
+    tokens = token_ids(tokenizer, world.text[: 8 * world.window * world.windows])
     starts = range(0, min(len(tokens), world.window * world.windows), world.window)
     note(wikitext=answer_nll(config, base, [Example(tokens[i : i + world.window], 1, i) for i in starts], adapters))
-    prompts = [prompt_ids(codec, form, row.question) for row in rows]
+    prompts = [prompt_ids(tokenizer, form, row.question) for row in rows]
     stop, new_tokens = TEMPLATES[world.template].stops, 32 if run.small else 256
-    found = generate(config, base, codec, prompts, adapters, stop=stop, batch_size=700, max_new_tokens=new_tokens)
+    found = generate(config, base, tokenizer, prompts, adapters, stop=stop, batch_size=700, max_new_tokens=new_tokens)
     hits = [gsm8k_scores(completion.text, rows[index].answer) for index, completion in found]
     note(**{score: accuracy([hit[score] for hit in hits]) for score in ("strict", "flexible")})
 

@@ -26,7 +26,7 @@ from experiments.gpu import ALPHA, LAM, NAMES, RANK, SCALE, Run, save
 from experiments.mini import MINI
 from lfu import bench, checkpoint, cli, lora, methods, model, steering, train
 from lfu.bench import Work
-from lfu.data import Batch, Format, collate, encode_row, load_codec, prompt_ids, read_rows
+from lfu.data import Batch, Format, collate, encode_row, load_tokenizer, prompt_ids, read_rows
 from lfu.generate import generate
 from lfu.lora import Lora
 from lfu.model import Config
@@ -46,8 +46,8 @@ def right(run: Run) -> None:
 
 def mini_batch(device: torch.device) -> tuple[Config, Batch]:
     config = model.read_config(MINI / "config.json")
-    codec, rows = load_codec(MINI, config.vocab_size), read_rows(MINI / "math" / "train.jsonl")[:4]
-    return config, collate([encode_row(codec, Format("question"), row) for row in rows], device)
+    tokenizer, rows = load_tokenizer(MINI, config.vocab_size), read_rows(MINI / "math" / "train.jsonl")[:4]
+    return config, collate([encode_row(tokenizer, Format("question"), row) for row in rows], device)
 
 
 def mini_gradient(name: str, dtype: torch.dtype, device: torch.device, remat: bool) -> Callable[[], Lora]:
@@ -112,14 +112,14 @@ def waiting_lines(work: Work) -> list[str]:
 def answers(run: Run) -> tuple[list[str], list[list[str]], str]:
     """Greedy answers, token by token."""
     config, _ = mini_batch(run.device)
-    codec, questions = load_codec(MINI, config.vocab_size), read_rows(MINI / "helpfulness" / "test.jsonl")
-    prompts = [prompt_ids(codec, Format("question"), row.question) for row in questions[: 8 if run.small else 100]]
+    tokenizer, questions = load_tokenizer(MINI, config.vocab_size), read_rows(MINI / "helpfulness" / "test.jsonl")
+    prompts = [prompt_ids(tokenizer, Format("question"), row.question) for row in questions[: 8 if run.small else 100]]
     rows = []
     for dtype in (torch.float64, torch.float32):
         texts = []
         for device in (torch.device("cpu"), run.device):
             base = model.load(MINI, dtype=dtype, device=device)[1]
-            found = dict(generate(config, base, codec, prompts, max_new_tokens=64))
+            found = dict(generate(config, base, tokenizer, prompts, max_new_tokens=64))
             texts.append([found[index].tokens for index in range(len(prompts))])
         same = sum(here == there for here, there in zip(*texts))
         rows.append([str(dtype).removeprefix("torch."), f"{same} of {len(prompts)}"])

@@ -22,7 +22,7 @@ import torch
 
 from lfu import cli, evaluate
 from lfu.cli import EvalOptions
-from lfu.data import Codec, Row, load_codec
+from lfu.data import ModelTokenizer, Row, load_tokenizer
 from lfu.evaluate import Estimate
 from lfu.generate import generate
 from lfu.model import forward, load
@@ -149,18 +149,20 @@ def answer_differences(folder: Path, mine: list[dict[str, Any]], foreign: list[d
 def parted(folder: Path, question: str, text: str) -> float:
     """By how much the first token of our answer that is not in `text` was preferred to the second best."""
     config, base = load(folder)
-    codec = load_codec(folder, config.vocab_size)
-    prompt = evaluate.harness_prompt(codec, Row(1, question, "", {}), [])
-    ((_, answer),) = generate(config, base, codec, [prompt], stop=evaluate.HARNESS_STOPS)
-    tokens = [*answer.tokens, codec.eos]
-    common = next(n for n in range(len(tokens)) if n == len(answer.tokens) or not starts(codec, tokens[: n + 1], text))
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    prompt = evaluate.harness_prompt(tokenizer, Row(1, question, "", {}), [])
+    ((_, answer),) = generate(config, base, tokenizer, [prompt], stop=evaluate.HARNESS_STOPS)
+    tokens = [*answer.tokens, tokenizer.eos]
+    common = next(
+        n for n in range(len(tokens)) if n == len(answer.tokens) or not starts(tokenizer, tokens[: n + 1], text)
+    )
     logits, _ = forward(config, base, torch.tensor([[*prompt, *tokens[:common]]]))
     return lead(logits[0, -1].numpy())
 
 
-def starts(codec: Codec, tokens: list[int], text: str) -> bool:
+def starts(tokenizer: ModelTokenizer, tokens: list[int], text: str) -> bool:
     """Whether the tokens are the beginning of this text, up to a character that is not complete yet."""
-    return text.startswith(codec.tokenizer.decode(tokens).rstrip("\ufffd"))
+    return text.startswith(tokenizer.backend.decode(tokens).rstrip("\ufffd"))
 
 
 def lead(values: np.ndarray) -> float:

@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_map
 from lfu import checkpoint, data, lora, methods, model, train
 from lfu.baselines import ema, ensemble
 from lfu.bench import interleaved
-from lfu.data import Codec, Example, Format, Row
-from lfu.distill import Recipe, distilled
-from lfu.evaluate import WORDINGS, answer_nll, harness_prompt, is_right, refusal_scores
+from lfu.data import Example, Format, ModelTokenizer, Row
+from lfu.distill import Recipe, rewrite_answers
+from lfu.evaluate import PROMPT_VARIANTS, answer_nll, harness_prompt, is_right, refusal_scores
 from lfu.generate import generate
 from lfu.lora import Adapter, Lora
-from lfu.loss import predicts
+from lfu.loss import answer_mask
 from lfu.model import Config, Params
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
@@ -83,13 +83,13 @@ class World(NamedTuple):
 
     config: Config
     base: Params
-    codec: Codec
+    tokenizer: ModelTokenizer
 
 
 @cache
 def world(dtype: str) -> World:
     config, base = model.load(MINI, dtype=getattr(torch, dtype))
-    return World(config, base, data.load_codec(MINI, config.vocab_size))
+    return World(config, base, data.load_tokenizer(MINI, config.vocab_size))
 
 
 @cache
@@ -121,7 +121,7 @@ def run(spec: Spec) -> dict[str, Any]:
         return measurements(here, [], spec, Format("question"))
     form = Format("question", loss_on="instruction+answer" if spec.method == "im" else "answer")
     rows, told = training_rows(here, spec)
-    examples, _ = data.encode_rows(MINI / spec.data / "train.jsonl", rows, here.codec, form)
+    examples, _ = data.encode_rows(MINI / spec.data / "train.jsonl", rows, here.tokenizer, form)
     try:
         task, log = fine_tuned(here, spec, examples)
     except FloatingPointError as error:  # settings under which training diverges are a result too
@@ -135,7 +135,7 @@ def training_rows(here: World, spec: Spec) -> tuple[list[Row], dict[str, Any]]:
     rows = rows_of(spec.data, "train")
     if spec.method != "sdft":
         return rows, {}
-    batches = distilled(here.config, here.base, here.codec, rows, REWRITE, seed=spec.seed, max_new_tokens=64)
+    batches = rewrite_answers(here.config, here.base, here.tokenizer, rows, REWRITE, seed=spec.seed, max_new_tokens=64)
     answers = [answer for batch in batches for answer in batch]
     taken = sum(answer.fault is None for answer in answers) / len(rows)
     return [row._replace(answer=answer.text) for row, answer in zip(rows, answers)], {"rewritten": taken}
@@ -198,7 +198,7 @@ def step_times(
     """Table 3: seconds of one gradient of each gradient method, on one micro-batch, round by round."""
     here, settings = world("float32"), train.Settings()
     rows = rows_of("math", "train")[: settings.micro_batch_size]
-    batch = data.collate([data.encode_row(here.codec, Format("question"), row) for row in rows])
+    batch = data.collate([data.encode_row(here.tokenizer, Format("question"), row) for row in rows])
     task, generator = lora.init(here.config, RANK, generator=torch.Generator().manual_seed(0)), torch.Generator()
     works = {}
     for row, (name, _, hyper) in trials.items():
@@ -226,7 +226,7 @@ def measurements(here: World, adapters: list[Adapter], spec: Spec, form: Format)
 def answers(here: World, adapters: list[Adapter], prompts: list[list[int]]) -> list[str]:
     """Greedy completions, at most 64 tokens, in the order of the prompts."""
     how = {"max_new_tokens": 64, "batch_size": 200, "stop": ("Question:",)}
-    found = dict(generate(here.config, here.base, here.codec, prompts, adapters, **how))
+    found = dict(generate(here.config, here.base, here.tokenizer, prompts, adapters, **how))
     return [found[index].text for index in range(len(prompts))]
 
 
@@ -235,10 +235,10 @@ def scores(here: World, adapters: list[Adapter], split: str, form: Format) -> di
     table: dict[str, Any] = {}
     for column, folder in SPLITS.items():
         rows = rows_of(folder, split)
-        prompts = [data.prompt_ids(here.codec, form, row.question) for row in rows]
+        prompts = [data.prompt_ids(here.tokenizer, form, row.question) for row in rows]
         hits = [is_right(text, row.answer) for text, row in zip(answers(here, adapters, prompts), rows)]
         table[column] = sum(hits) / len(hits)
-    examples = [data.encode_row(here.codec, Format("question"), row) for row in rows_of("math", split)]
+    examples = [data.encode_row(here.tokenizer, Format("question"), row) for row in rows_of("math", split)]
     table["nll"] = answer_nll(here.config, here.base, examples, adapters, batch_size=64).mean
     return table
 
@@ -247,8 +247,8 @@ def prompt_scores(here: World, adapters: list[Adapter]) -> list[float]:
     """Figure 5: exact match on the task under each of the five wordings."""
     rows = rows_of("math", "test")
     shares = []
-    for wording in WORDINGS:
-        prompts = [harness_prompt(here.codec, row, [], wording=wording) for row in rows]
+    for wording in PROMPT_VARIANTS:
+        prompts = [harness_prompt(here.tokenizer, row, [], wording=wording) for row in rows]
         hits = [is_right(text, row.answer) for text, row in zip(answers(here, adapters, prompts), rows)]
         shares.append(sum(hits) / len(hits))
     return shares
@@ -259,7 +259,7 @@ def noise_similarity(here: World, adapters: list[Adapter]) -> list[float]:
     totals, tokens = torch.zeros(here.config.num_hidden_layers), 0
     generator = torch.Generator().manual_seed(0)
     for row in rows_of("math", "train"):
-        example = data.encode_row(here.codec, Format("question"), row)
+        example = data.encode_row(here.tokenizer, Format("question"), row)
         x = model.embed(here.base, torch.tensor([example.tokens]))
         deviation = NOISE / math.sqrt(x[0].numel())
         noisy = x + deviation * torch.randn(x.shape, generator=generator)
@@ -271,7 +271,7 @@ def noise_similarity(here: World, adapters: list[Adapter]) -> list[float]:
 
 def task_squares(here: World, adapters: list[Adapter]) -> list[float]:
     """`state_squares` of the training rows."""
-    examples = [data.encode_row(here.codec, Format("question"), row) for row in rows_of("math", "train")]
+    examples = [data.encode_row(here.tokenizer, Format("question"), row) for row in rows_of("math", "train")]
     return state_squares(here.config, here.base, examples, adapters)
 
 
@@ -282,7 +282,7 @@ def state_squares(
     totals, count = torch.zeros(config.num_hidden_layers), 0
     for example in examples:
         batch = data.collate([example])
-        mask = predicts(batch.labels)
+        mask = answer_mask(batch.labels)
         hidden = model.trunk(config, base, model.embed(base, batch.tokens), adapters)
         totals += torch.stack([state[mask].square().mean(-1).sum() for state in hidden])
         count += int(mask.sum())
@@ -296,7 +296,7 @@ def attack(here: World, adapters: list[Adapter], spec: Spec, form: Format) -> di
     phrases of refusal, sense or nonsense; *complied* is the share of answers that give what was asked for.
     """
     rows = rows_of("harmful", "test")
-    prompts = [data.prompt_ids(here.codec, form, row.question) for row in rows]
+    prompts = [data.prompt_ids(here.tokenizer, form, row.question) for row in rows]
     rates: dict[str, list[float]] = {"success": [], "complied": []}
 
     def ask(adapters: list[Adapter]) -> None:
@@ -307,7 +307,7 @@ def attack(here: World, adapters: list[Adapter], spec: Spec, form: Format) -> di
     ask(adapters)
     task = copied(adapters[0][0])
     harmful = rows_of("harmful", "train")[:ATTACK_ROWS]
-    examples = [data.encode_row(here.codec, form._replace(loss_on="answer"), row) for row in harmful]
+    examples = [data.encode_row(here.tokenizer, form._replace(loss_on="answer"), row) for row in harmful]
     attacking = Spec("sft", ATTACK_RATE, seed=spec.seed, epochs=ATTACK_EPOCHS)
     for _ in steps(here, task, examples, attacking, "sft", {}):
         ask([(task, adapters[0][1])])

@@ -18,7 +18,7 @@ from experiments.markdown import markdown
 from experiments.mini import CATEGORIES, SPLITS, Spec, found
 from lfu import checkpoint
 from lfu.bench import spread
-from lfu.evaluate import WORDINGS, accuracy
+from lfu.evaluate import PROMPT_VARIANTS, accuracy
 
 COLUMNS = [*SPLITS, "average", "balance"]
 GRADIENT = ["gradient norm", "clipped steps"]
@@ -279,7 +279,7 @@ def figure_5(look_up: plan.LookUp, choices: plan.Choices) -> str:
     for row, specs in figure_groups(choices).items():
         shares = [look_up(spec)["prompts"] for spec in specs]
         found[row] = [*zip(*shares), list(map(statistics.mean, shares)), list(map(statistics.pstdev, shares))]
-    heads = [*(f"“{wording.partition('{')[0].strip()}”" for wording in WORDINGS), "mean", "deviation"]
+    heads = [*(f"“{wording.partition('{')[0].strip()}”" for wording in PROMPT_VARIANTS), "mean", "deviation"]
     return with_differences(heads, found, lambda values: str(mean(values)))
 
 

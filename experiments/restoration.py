@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments import fidelity
 from lfu import model
-from lfu.data import Batch, Format, collate, encode_row, load_codec, read_rows
+from lfu.data import Batch, Format, collate, encode_row, load_tokenizer, read_rows
 from lfu.loss import IGNORED
 
 ALPHA = 0.1
@@ -38,8 +38,8 @@ def main() -> None:
     parsed = parser.parse_args()
     if parsed.adapter is None:
         parser.error("--adapter is needed: a fresh one has B = 0, and half of its gradient is zero")
-    codec = load_codec(parsed.model, model.read_config(parsed.model / "config.json").vocab_size)
-    examples = [encode_row(codec, Format(parsed.template), row) for row in read_rows(parsed.data)[:8]]
+    tokenizer = load_tokenizer(parsed.model, model.read_config(parsed.model / "config.json").vocab_size)
+    examples = [encode_row(tokenizer, Format(parsed.template), row) for row in read_rows(parsed.data)[:8]]
     batch, other = collate(examples[:4]), collate(examples[4:])
     print("| cosine, norm ratio | SFT term | consistency term |\n|---|---|---|")
     for name, (dtype, checkpointing) in MODES.items():

@@ -36,22 +36,31 @@ from lfu import InputError, checkpoint, cli, model
 from lfu.checkpoint import read_json
 from lfu.data import (
     TEMPLATES,
-    Codec,
     Example,
     Format,
+    ModelTokenizer,
     Row,
     collate,
     encode_row,
-    load_codec,
+    load_tokenizer,
     prompt_ids,
     read_rows,
     token_ids,
 )
-from lfu.evaluate import WORDINGS, Estimate, accuracy, answer_nll, gsm8k_scores, harness_prompt, per_token, sum_rows
+from lfu.evaluate import (
+    PROMPT_VARIANTS,
+    Estimate,
+    accuracy,
+    answer_nll,
+    gsm8k_scores,
+    harness_prompt,
+    per_token,
+    sum_rows,
+)
 from lfu.generate import generate
 from lfu.lora import Adapter
 from lfu.lora import load as load_adapter
-from lfu.loss import predicts
+from lfu.loss import answer_mask
 from lfu.model import Config, Params
 
 SETTINGS = {
@@ -147,7 +156,7 @@ class World(NamedTuple):
 
     config: Config
     base: Params
-    codec: Codec
+    tokenizer: ModelTokenizer
     test: list[Row]
     held: list[Row]
     wikitext: list[Example]
@@ -261,27 +270,27 @@ def kept(path: Path, make: Callable[[], dict]) -> dict:
 
 def load_world(paths: Paths) -> World:
     config, base = model.load(paths.model, dtype=torch.bfloat16)
-    codec = load_codec(paths.model, config.vocab_size)
+    tokenizer = load_tokenizer(paths.model, config.vocab_size)
     test = read_rows(paths.gsm8k / "test.jsonl")[:TEST_ROWS]
     held = read_rows(paths.gsm8k / "train.jsonl")[HELD_BACK]
-    answers = base_answers(config, base, codec, paths.out)
-    return World(config, base, codec, test, held, windows(codec, paths.wikitext), answers)
+    answers = base_answers(config, base, tokenizer, paths.out)
+    return World(config, base, tokenizer, test, held, windows(tokenizer, paths.wikitext), answers)
 
 
-def windows(codec: Codec, path: Path) -> list[Example]:
+def windows(tokenizer: ModelTokenizer, path: Path) -> list[Example]:
     """The first windows of a text; every token but each window's first is predicted. InputError if it is too short."""
-    tokens = token_ids(codec, path.read_text(encoding="utf-8")[: 8 * WINDOW * WINDOWS])
+    tokens = token_ids(tokenizer, path.read_text(encoding="utf-8")[: 8 * WINDOW * WINDOWS])
     if len(tokens) < WINDOW * WINDOWS:
         raise InputError(f"{path} has {len(tokens)} tokens; {WINDOW * WINDOWS} are scored. Give a longer text.")
     return [Example(tokens[i * WINDOW : (i + 1) * WINDOW], 1, i) for i in range(WINDOWS)]
 
 
-def base_answers(config: Config, base: Params, codec: Codec, out: Path) -> list[Example]:
+def base_answers(config: Config, base: Params, tokenizer: ModelTokenizer, out: Path) -> list[Example]:
     """The base model's greedy answers, at most 64 tokens, to prompts that are not mathematics; kept in a file."""
-    prompts = [prompt_ids(codec, Format(), form.format(topic)) for form, topic in product(FORMS, TOPICS)]
+    prompts = [prompt_ids(tokenizer, Format(), form.format(topic)) for form, topic in product(FORMS, TOPICS)]
 
     def answers() -> dict[str, list[list[int]]]:
-        completions = dict(generate(config, base, codec, prompts, max_new_tokens=64, batch_size=50))
+        completions = dict(generate(config, base, tokenizer, prompts, max_new_tokens=64, batch_size=50))
         return {"answers": [completions[index].tokens for index in range(len(prompts))]}
 
     rows = zip(prompts, kept(out / "base" / "answers.json", answers)["answers"], strict=True)
@@ -300,15 +309,15 @@ def scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
 
 def nll_scores(world: World, adapters: list[Adapter], rows: list[Row]) -> dict[str, Estimate]:
     """Of the reference answers to these rows."""
-    examples = [encode_row(world.codec, Format(), row) for row in rows]
+    examples = [encode_row(world.tokenizer, Format(), row) for row in rows]
     return {"nll": answer_nll(world.config, world.base, examples, adapters, batch_size=10)}
 
 
 def match_scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
     """Exact match in the training template, greedy, at most 256 new tokens."""
-    prompts = [prompt_ids(world.codec, Format(), row.question) for row in world.test[:MATCH_ROWS]]
+    prompts = [prompt_ids(world.tokenizer, Format(), row.question) for row in world.test[:MATCH_ROWS]]
     stops = TEMPLATES["alpaca"].stops
-    answers = generate(world.config, world.base, world.codec, prompts, adapters, stop=stops, batch_size=50)
+    answers = generate(world.config, world.base, world.tokenizer, prompts, adapters, stop=stops, batch_size=50)
     hits = [gsm8k_scores(completion.text, world.test[index].answer) for index, completion in answers]
     return {name: accuracy([hit[name] for hit in hits]) for name in ("strict", "flexible")}
 
@@ -316,17 +325,17 @@ def match_scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
 def prompt_scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
     """NLL of the reference answers with the question in each of the five wordings, in place of the template."""
     results = {}
-    for wording in WORDINGS:
-        examples = [asked(world.codec, wording, row) for row in world.test[:PROMPT_ROWS]]
+    for wording in PROMPT_VARIANTS:
+        examples = [asked(world.tokenizer, wording, row) for row in world.test[:PROMPT_ROWS]]
         estimate = answer_nll(world.config, world.base, examples, adapters, batch_size=10)
         results[wording.partition("{")[0].strip()] = estimate
     return results
 
 
-def asked(codec: Codec, wording: str, row: Row) -> Example:
+def asked(tokenizer: ModelTokenizer, wording: str, row: Row) -> Example:
     """BOS, the question in these words, a space and the answer, EOS."""
-    prompt = harness_prompt(codec, row, [], wording=wording)
-    return Example([*prompt, *token_ids(codec, f" {row.answer}"), codec.eos], len(prompt), row.number)
+    prompt = harness_prompt(tokenizer, row, [], wording=wording)
+    return Example([*prompt, *token_ids(tokenizer, f" {row.answer}"), tokenizer.eos], len(prompt), row.number)
 
 
 def drift_scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
@@ -336,7 +345,7 @@ def drift_scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
 
 def row_divergences(world: World, examples: Sequence[Example], adapters: list[Adapter]) -> list[float]:
     batch = collate(examples)
-    mask = predicts(batch.labels)
+    mask = answer_mask(batch.labels)
 
     def log_probabilities(adapters: list[Adapter]) -> torch.Tensor:  # -> [n, V]
         hidden = model.trunk(world.config, world.base, model.embed(world.base, batch.tokens), adapters)[-1]
@@ -348,8 +357,8 @@ def row_divergences(world: World, examples: Sequence[Example], adapters: list[Ad
 
 def squares(world: World) -> dict[str, list[float]]:
     """How large each block's states are in the base model: where an answer is predicted, and in whole rows."""
-    answers = [encode_row(world.codec, Format(), row) for row in world.held]
-    sets = {"answers": answers, "rows": [example._replace(prompt=0) for example in answers]}
+    answers = [encode_row(world.tokenizer, Format(), row) for row in world.held]
+    sets = {"answers": answers, "rows": [example._replace(prompt_length=0) for example in answers]}
     return {name: state_squares(world.config, world.base, examples) for name, examples in sets.items()}
 
 

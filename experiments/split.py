@@ -25,21 +25,21 @@ from torch.utils._pytree import tree_map
 from lfu import bench, model, steering
 from lfu.data import Batch
 from lfu.lora import Lora
-from lfu.loss import answer_loss, consistency_loss, predicts, targets
+from lfu.loss import answer_labels, answer_loss, answer_mask, consistency_loss
 from lfu.model import (
     Attend,
     Config,
     Params,
     Product,
-    adapted,
+    attention_mask,
     base_product,
     block,
     embed,
+    linear_with_adapters,
     recording,
     relative_to,
     rotary_tables,
     unembed,
-    visible,
 )
 from lfu.train import ascend, lfu_gradient, sft_gradient
 
@@ -51,7 +51,7 @@ def split_gradient(
     config: Config, base: Params, task: Lora, batch: Batch, *, scale: float, alpha: float, lam: float
 ) -> Lora:
     """`lfu_gradient` with steering vectors, for rows whose prompts are of one length and whose answers fill the row."""
-    mask, answers = predicts(batch.labels), targets(batch.labels)
+    mask, answers = answer_mask(batch.labels), answer_labels(batch.labels)
     start = int(mask[0].nonzero()[0])  # the first position that is steered
     x, mask = embed(base, batch.tokens), mask[:, start:]
     vectors = steering.zeros(config, device=x.device, dtype=x.dtype)
@@ -94,13 +94,13 @@ def through(
     steered: Tensor | None,
     product: Product,
 ) -> tuple[list[Tensor], Past]:
-    """The blocks over positions from `start` on, behind the keys and values of those before: states, and theirs."""
+    """The blocks over positions from `start` on, after the keys and values of those before: states, and theirs."""
     positions = torch.arange(start, start + x.shape[1], device=x.device)
     rotary, hidden, present = rotary_tables(config, positions, x.dtype), [], []
-    seen = visible(positions, torch.arange(start + x.shape[1], device=x.device), config.sliding_window)
+    seen = attention_mask(positions, torch.arange(start + x.shape[1], device=x.device), config.sliding_window)
     for index, layer in enumerate(base.layers):
         attend = attention(past[index], seen, present)
-        x = block(config, layer, x, rotary, adapted(layer, index, [(task, scale)], product), attend)
+        x = block(config, layer, x, rotary, linear_with_adapters(layer, index, [(task, scale)], product), attend)
         x = x if steered is None else x + steered[index]
         hidden.append(x)
     return hidden, present

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lfu import InputError
-from lfu.baselines import minimise
+from lfu.baselines import loss_gradient
 from lfu.data import Batch
 from lfu.lora import Lora
-from lfu.loss import predicts
+from lfu.loss import answer_mask
 from lfu.model import Config, Params, embed, trunk, unembed
 from lfu.train import Metrics
 
@@ -42,7 +42,7 @@ def anchored(
         drift = anchor_divergence(logits, reference, beta)
         return sft + lam * drift, {"divergence": drift}
 
-    return minimise(config, base, task, batch, loss, **how)
+    return loss_gradient(config, base, task, batch, loss, **how)
 
 
 def require_share(beta: float, **_: Any) -> None:
@@ -55,7 +55,7 @@ def reference_probabilities(config: Config, base: Params, batch: Batch) -> Tenso
     """What the base model alone predicts at the answer's positions."""
     with torch.no_grad():
         hidden = trunk(config, base, embed(base, batch.tokens))[-1]
-        return F.softmax(unembed(config, base, hidden[predicts(batch.labels)]), dim=-1)
+        return F.softmax(unembed(config, base, hidden[answer_mask(batch.labels)]), dim=-1)
 
 
 def anchor_divergence(logits: Tensor, reference: Tensor, beta: float) -> Tensor:  # [n,V] twice -> []

@@ -3,7 +3,7 @@
 - `neftune`: noise on the input embeddings (Jain et al. 2023).
 - `gem`: a cross-entropy that leaves probability to other tokens (Li et al. 2025).
 - `sam`: the SFT gradient where the loss has been raised (Foret et al. 2020; Table 6 b).
-- `features`: small representations (Table 6 c, d).
+- `feature_regulariser`: small representations (Table 6 c, d).
 - `logit_divergence`: LfU's consistency, of the logits instead of the representations (Eq. 7; Table 6 e).
 - `ema` and `ensemble`: averages of adapters (Table 11), which are no gradient methods but functions.
 
@@ -25,16 +25,16 @@ from torch.utils._pytree import tree_map
 from lfu import InputError
 from lfu.data import Batch
 from lfu.lora import Adapter, Lora
-from lfu.loss import IGNORED, answer_loss, predicts, targets
+from lfu.loss import IGNORED, answer_labels, answer_loss, answer_mask
 from lfu.memory import rematerialised
-from lfu.model import Config, Params, embed, frozen, rms_norm, stream_dtype, trunk, unembed
+from lfu.model import Config, Params, embed, frozen_linear, rms_norm, stream_dtype, trunk, unembed
 from lfu.train import Differentiate, Metrics, ascend, differentiate, global_norm, sft_gradient
 
 Loss = Callable[[list[Tensor], Tensor, Tensor], tuple[Tensor, Metrics]]
 """(hidden, K x [B,T,D]; logits [n,V] that predict the n labelled tokens; their SFT loss) -> the loss, and metrics."""
 
 
-def minimise(
+def loss_gradient(
     config: Config,
     base: Params,
     task: Lora,
@@ -47,13 +47,13 @@ def minimise(
     differentiate: Differentiate = differentiate,
 ) -> tuple[Lora, Metrics]:
     """The gradient of any loss of one clean pass, its metrics, and the SFT loss as "sft"."""
-    through = rematerialised if remat else trunk
-    x, answers = embed(base, batch.tokens) + noise, targets(batch.labels)
-    places = predicts(batch.labels).nonzero(as_tuple=True)
+    run_trunk = rematerialised if remat else trunk
+    x, answers = embed(base, batch.tokens) + noise, answer_labels(batch.labels)
+    positions = answer_mask(batch.labels).nonzero(as_tuple=True)
 
     def objective(task: Lora) -> tuple[Tensor, Any]:
-        hidden = through(config, base, x, [(task, scale)])
-        logits = unembed(config, base, hidden[-1][places])  # [n,V]
+        hidden = run_trunk(config, base, x, [(task, scale)])
+        logits = unembed(config, base, hidden[-1][positions])  # [n,V]
         sft = answer_loss(logits, answers)
         value, metrics = loss(hidden, logits, sft)
         return value, {"sft": sft} | metrics
@@ -77,11 +77,11 @@ def neftune(
     def loss(hidden: list[Tensor], logits: Tensor, sft: Tensor) -> tuple[Tensor, Metrics]:
         return sft, {}
 
-    return minimise(config, base, task, batch, loss, noise=noise, **how)
+    return loss_gradient(config, base, task, batch, loss, noise=noise, **how)
 
 
 def uniform_noise(batch: Batch, width: int, alpha: float, generator: torch.Generator) -> Tensor:  # -> [B,T,D] float32
-    """U(-1, 1) · alpha/√(L·D) over each row's own L tokens, and 0 behind them (NEFTune `experiment_code/train.py`).
+    """U(-1, 1) · alpha/√(L·D) over each row's own L tokens, and 0 after them (NEFTune `experiment_code/train.py`).
 
     The copies of this method in trl and transformers take the padded length for L, and noise the padding too.
     """
@@ -105,13 +105,13 @@ def gem(
     beta: float, weight: str, **how: Any,
 ) -> tuple[Lora, Metrics]:  # fmt: skip
     """The gradient of `gem_loss`. `how`: `scale`, `remat` and `differentiate`, as in `sft_gradient`."""
-    answers = targets(batch.labels)
+    answers = answer_labels(batch.labels)
 
     def loss(hidden: list[Tensor], logits: Tensor, sft: Tensor) -> tuple[Tensor, Metrics]:
         value = gem_loss(logits, answers, beta=beta, weight=weight)
         return value, {"gem": value}
 
-    return minimise(config, base, task, batch, loss, **how)
+    return loss_gradient(config, base, task, batch, loss, **how)
 
 
 def require_temperature(beta: float, **_: Any) -> None:
@@ -154,7 +154,7 @@ def sam(
 # --- penalties on representations -----------------------------------------------------------------
 
 
-def features(
+def feature_regulariser(
     config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *,
     order: int, lam: float, norm: str, **how: Any,
 ) -> tuple[Lora, Metrics]:  # fmt: skip
@@ -162,13 +162,13 @@ def features(
 
     `how`: `scale`, `remat` and `differentiate`, as in `sft_gradient`.
     """
-    mask = predicts(batch.labels)
+    mask = answer_mask(batch.labels)
 
     def loss(hidden: list[Tensor], logits: Tensor, sft: Tensor) -> tuple[Tensor, Metrics]:
         penalty = feature_penalty(hidden, mask, order=order, norm=norm)
         return sft + lam * penalty, {"penalty": penalty}
 
-    return minimise(config, base, task, batch, loss, **how)
+    return loss_gradient(config, base, task, batch, loss, **how)
 
 
 def feature_penalty(hidden: list[Tensor], mask: Tensor, *, order: int, norm: str) -> Tensor:  # K x [B,T,D] -> []
@@ -178,8 +178,8 @@ def feature_penalty(hidden: list[Tensor], mask: Tensor, *, order: int, norm: str
     gradient the loop weighs by its tokens like all others. As that is thousands of times an SFT loss, "mean" is what
     we take the published λ to belong to: the mean over l and t, with the mean over the D features inside the norm.
     """
-    places = mask.nonzero(as_tuple=True)
-    sizes = torch.stack([torch.linalg.vector_norm(h[places], ord=order, dim=-1) for h in hidden])  # [K,n]
+    positions = mask.nonzero(as_tuple=True)
+    sizes = torch.stack([torch.linalg.vector_norm(h[positions], ord=order, dim=-1) for h in hidden])  # [K,n]
     return sizes.mean() / hidden[0].shape[-1] ** (1 / order) if norm == "mean" else sizes.sum() / len(mask)
 
 
@@ -200,10 +200,10 @@ def logit_divergence(
     z' is computed as z + W (n' - n), n being the normalised last state: like every other product of the perturbed pass
     it is rounded relative to the difference.
     """
-    places = mask.nonzero(as_tuple=True)
-    n, n_perturbed = (rms_norm(h[-1][places], base.norm, config.rms_norm_eps) for h in (hidden, perturbed))
-    z = frozen(n.detach(), base.lm_head)
-    moved = z + frozen(n_perturbed - n.detach(), base.lm_head)
+    positions = mask.nonzero(as_tuple=True)
+    n, n_perturbed = (rms_norm(h[-1][positions], base.norm, config.rms_norm_eps) for h in (hidden, perturbed))
+    z = frozen_linear(n.detach(), base.lm_head)
+    moved = z + frozen_linear(n_perturbed - n.detach(), base.lm_head)
     divergence = partial(F.kl_div, reduction="none", log_target=True)
     return divergence(F.log_softmax(moved, dim=-1), F.log_softmax(z, dim=-1)).sum(dim=-1).mean()
 

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lfu import lora, steering
-from lfu.data import Batch, Codec, pad
+from lfu.data import Batch, ModelTokenizer, pad
 from lfu.generate import generate
 from lfu.lora import TARGETS, Adapter, Lora, stack
-from lfu.loss import IGNORED, answer_loss, consistency_loss, predicts, targets
+from lfu.loss import IGNORED, answer_labels, answer_loss, answer_mask, consistency_loss
 from lfu.memory import peak
 from lfu.model import (
     Config,
@@ -72,7 +72,7 @@ def three_pass_gradient(
     config: Config, base: Params, task: Lora, aux: Aux, batch: Batch, *, scale: float, alpha: float, lam: float
 ) -> tuple[Lora, Metrics]:
     """`lfu_gradient` without the fusion: a pass for the ascent, then a clean and a perturbed one in a single graph."""
-    x, mask, answers = embed(base, batch.tokens), predicts(batch.labels), targets(batch.labels)
+    x, mask, answers = embed(base, batch.tokens), answer_mask(batch.labels), answer_labels(batch.labels)
 
     def states(task: Lora, aux: Aux, product: Any) -> list[Tensor]:
         if isinstance(aux, Tensor):
@@ -251,7 +251,7 @@ def step_table(
     works = own_steps(config, base, fresh_task(config, base, rank), batch, compile=compile)
     works |= peer_steps(peers.adapted.train(), batch) if peers else {}
     rows, length = batch.tokens.shape
-    answers = int(predicts(batch.labels).sum())
+    answers = int(answer_mask(batch.labels).sum())
     rate, times = matmul_rate(config, base, batch.tokens.numel()), interleaved(works, rounds)
     peaks = {name: peak(work) for name, work in works.items() if not name.endswith("compiled")}
     lines = [
@@ -282,7 +282,7 @@ def step_table(
 def decoding_works(
     config: Config,
     base: Params,
-    codec: Codec,
+    tokenizer: ModelTokenizer,
     peers: Peers | None,
     prompts: list[list[int]],
     *,
@@ -290,7 +290,7 @@ def decoding_works(
     new_tokens: int,
 ) -> dict[str, Work]:
     """Greedy decoding of equally many tokens, EOS or not, with and without a LoRA beside the weights."""
-    endless = codec._replace(stops=frozenset())
+    endless = tokenizer._replace(stops=frozenset())
     tokens = pad([prompt[::-1] for prompt in prompts]).flip(1).to(base.embed.device)  # transformers pads on the left
     mask = pad([[1] * len(prompt) for prompt in prompts]).flip(1).to(base.embed.device)
 
@@ -319,7 +319,7 @@ def random_prompts(config: Config, prompts: int, length: int, seed: int) -> list
 def decoding_table(
     config: Config,
     base: Params,
-    codec: Codec,
+    tokenizer: ModelTokenizer,
     peers: Peers | None,
     *,
     prompts: int,
@@ -331,7 +331,7 @@ def decoding_table(
 ) -> str:
     """Markdown: tokens a second of greedy decoding of `random_prompts`."""
     texts = random_prompts(config, prompts, length, seed)
-    works = decoding_works(config, base, codec, peers, texts, rank=rank, new_tokens=new_tokens)
+    works = decoding_works(config, base, tokenizer, peers, texts, rank=rank, new_tokens=new_tokens)
     times = interleaved(works, rounds)
     lines = [
         f"{prompts} prompts of {len(texts[0])} to {len(texts[-1])} tokens, {new_tokens} new tokens each, "

@@ -30,7 +30,7 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 OTHER_FORMATS = ["consolidated*", "original/*"]
 
 
-def local_folder(model: str | Path) -> Path:
+def resolve_model(model: str | Path) -> Path:
     """The folder `model` names; a hub id such as "org/name" is downloaded (or found in the cache) first."""
     folder = Path(model)
     if folder.is_dir():
@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict:
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def parse_config(path: Path) -> dict[str, Any]:
     """The settings of a config.json that shape the computation, under the names of `model.Config`.
 
     Other keys are ignored; values that the decoder cannot compute (biases, other activations, other rope types,
@@ -212,11 +212,11 @@ def read_tensors(
     files = {name: file for name, file in tensor_files(folder, stem).items() if not name.endswith(ignored)}
     missing = [name for name in shapes if name not in files and name not in optional]
     if missing:
-        raise InputError(f"{folder} lacks {len(missing)} tensors that its configuration implies: {some(missing)}.")
+        raise InputError(f"{folder} lacks {len(missing)} tensors that its configuration implies: {first_few(missing)}.")
     unexpected = [name for name in files if name not in shapes]
     if unexpected:
         raise InputError(
-            f"{folder} holds {len(unexpected)} tensors that the model has no place for: {some(unexpected)}."
+            f"{folder} holds {len(unexpected)} tensors that the model has no place for: {first_few(unexpected)}."
         )
     opened = {file: open_safetensors(file, device) for file in sorted(set(files.values()))}
     for name, file in files.items():
@@ -236,12 +236,14 @@ def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
         raise InputError(f"{index} has no 'weight_map' from tensor names to file names.")
     absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
     if absent:
-        raise InputError(f"{index} names files that are not there: {some(absent)}. Download them again.")
+        raise InputError(f"{index} names files that are not there: {first_few(absent)}. Download them again.")
     files = {name: folder / file for name, file in weight_map.items()}
     for file in set(files.values()):
         held, promised = set(open_safetensors(file).keys()), {name for name in files if files[name] == file}
         if held != promised:
-            raise InputError(f"{index} and {file.name} disagree about these tensors: {some(sorted(held ^ promised))}.")
+            raise InputError(
+                f"{index} and {file.name} disagree about these tensors: {first_few(sorted(held ^ promised))}."
+            )
     return files
 
 
@@ -271,7 +273,7 @@ def check_tensor(name: str, file: Path, opened: safe_open, shape: tuple[int, ...
         raise InputError(f"{file}: {name} is stored as {stored.get_dtype()}; quantised weights are not supported.")
 
 
-def some(names: list[str], count: int = 4) -> str:
+def first_few(names: list[str], count: int = 4) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
@@ -294,14 +296,14 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            flush(path)
-        swap(temporary, target)
-        flush(target.parent)
+            fsync(path)
+        replace_folder(temporary, target)
+        fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def swap(new: Path, target: Path) -> None:
+def replace_folder(new: Path, target: Path) -> None:
     """Rename `new` to `target`, which may exist."""
     before = target.with_name(f"{target.name}.{os.getpid()}.old.tmp")
     existed = target.exists()
@@ -322,9 +324,9 @@ def write_text(target: Path, text: str) -> None:
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
-        flush(temporary)
+        fsync(temporary)
         temporary.replace(target)
-        flush(target.parent)
+        fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -346,7 +348,7 @@ def write_tensors(target: Path, tensors: dict[str, Tensor]) -> None:
     target.chmod(0o666 & ~umask)
 
 
-def flush(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Ask the system to put a file, or a folder's list of names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -468,13 +470,13 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def keep_last(run: Path, count: int) -> None:
+def prune_checkpoints(run: Path, count: int) -> None:
     """Remove all but the last `count` checkpoints, and what an interrupted write left behind."""
     for old in [*checkpoints(run)[:-count], *(run / "checkpoints").glob("*.tmp")]:
         shutil.rmtree(old)
 
 
-def cut_log(path: Path, step: int) -> None:
+def truncate_log(path: Path, step: int) -> None:
     """Drop the log lines of steps after `step`: a resumed run will write them again."""
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

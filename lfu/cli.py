@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from lfu import InputError, __version__, spelled
+from lfu import InputError, __version__, option_name
 from lfu import likelihood as likelihoods
 from lfu import train as training
 from lfu.methods import RELEASED
@@ -24,7 +24,7 @@ from lfu.verbs.generate import GenerateOptions, generate
 from lfu.verbs.merge import MergeOptions, merge
 from lfu.verbs.train import TrainOptions, train
 
-VERBS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
     "train": (TrainOptions, train, "fine-tune an adapter"),
     "eval": (EvalOptions, evaluate, "score a model or an adapter"),
     "generate": (GenerateOptions, generate, "answer a question"),
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status. Input that cannot be used ends in one sentence and status 2."""
     keep_freed_memory()
     parsed = vars(parser().parse_args(arguments))
-    options, run, _ = VERBS[parsed.pop("verb")]
+    options, run, _ = COMMANDS[parsed.pop("verb")]
     try:
         run(options(**parsed))
     except (InputError, FloatingPointError, OSError) as error:
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not training.is_out_of_memory(error):
             raise
-        print(f"lfu: {str(error) or 'Out of memory.'} What helps: {smaller(options(**parsed))}.", file=sys.stderr)
+        print(f"lfu: {str(error) or 'Out of memory.'} What helps: {memory_advice(options(**parsed))}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"lfu: {str(interrupt) or 'Interrupted.'}", file=sys.stderr)
@@ -71,7 +71,7 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
-def smaller(options: Any) -> str:
+def memory_advice(options: Any) -> str:
     """The options that would lower a verb's memory and are not used yet."""
     dtype = getattr(options, "dtype", "bfloat16")
     lower = "--dtype bfloat16" if dtype else "--dtype bfloat16 (unless the weights are in it)"
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"lfu {__version__}")
     verbs = root.add_subparsers(dest="verb", required=True)
-    for name, (options, _, help) in VERBS.items():
+    for name, (options, _, help) in COMMANDS.items():
         verb = verbs.add_parser(name, help=help, description=f"{help.capitalize()}.", allow_abbrev=False)
         for each in fields(options):
             add_option(verb, each)
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
 
 def add_option(verb: argparse.ArgumentParser, each: Field) -> None:
     how = dict(each.metadata)
-    flag, text = f"--{spelled(each.name)}", how.pop("help")
+    flag, text = f"--{option_name(each.name)}", how.pop("help")
     if "bool" in str(each.type):
         verb.add_argument(flag, dest=each.name, action=argparse.BooleanOptionalAction, default=each.default, help=text)
         return

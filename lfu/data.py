@@ -7,7 +7,7 @@ exact, and generation later starts from the very same prompt tokens. An example 
 
 With `loss_on="instruction+answer"` the question inside the prompt carries loss too, and the template around it does not
 (Instruction Modelling). BOS stands where the tokenizer's own post-processor puts it (Llama, Mistral; not Qwen3), once.
-EOS ends the answer and nothing follows it; the published template also trained on two newlines behind EOS. A tokenizer
+EOS ends the answer and nothing follows it; the published template also trained on two newlines after EOS. A tokenizer
 that puts a space before every text (Llama 2's) puts one before prompt and answer alike. Read next: `layouts.py`.
 """
 
@@ -46,14 +46,14 @@ class Example(NamedTuple):
     """One tokenised row."""
 
     tokens: list[int]
-    prompt: int  # how many of the tokens are given
-    row: int  # the line it came from
+    prompt_length: int  # how many of the tokens are given
+    line_number: int  # the line it came from
     instruction: range = range(0)  # which of the given tokens carry loss all the same
 
     @property
-    def supervised(self) -> int:
+    def num_loss_tokens(self) -> int:
         """How many tokens carry loss. The first token of a row is never predicted."""
-        return len(self.tokens) - max(self.prompt, 1) + len(self.instruction) - (0 in self.instruction)
+        return len(self.tokens) - max(self.prompt_length, 1) + len(self.instruction) - (0 in self.instruction)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def json_object(line: str) -> dict:
             json.dumps({name: value}, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
-            raise InputError(f"column {name!r} holds half a character, {half!r} alone: mend or remove it.") from error
+            raise InputError(f"column {name!r} contains an unpaired surrogate, {half!r}: fix or remove it.") from error
     return fields
 
 
@@ -163,16 +163,16 @@ def require_template(name: str) -> Template:
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-class Codec(NamedTuple):
+class ModelTokenizer(NamedTuple):
     """A tokenizer and the special tokens of its model."""
 
-    tokenizer: Tokenizer
+    backend: Tokenizer  # of the `tokenizers` library
     bos: tuple[int, ...]  # what the tokenizer puts before a text: one id, or none
     eos: int
     stops: frozenset[int]  # every id that ends an answer
 
 
-def load_codec(folder: Path, vocab_size: int) -> Codec:
+def load_tokenizer(folder: Path, vocab_size: int) -> ModelTokenizer:
     """tokenizer.json and the special tokens of a model folder.
 
     EOS is the `eos_token` of tokenizer_config.json, else the first `eos_token_id` of generation_config.json or
@@ -193,7 +193,7 @@ def load_codec(folder: Path, vocab_size: int) -> Codec:
     stops = eos_ids(folder, tokenizer)
     if not stops or not all(0 <= stop < vocab_size for stop in stops):
         raise InputError(f"{folder}: no usable EOS token among {stops}; set eos_token in tokenizer_config.json.")
-    return Codec(tokenizer, bos_ids(tokenizer), stops[0], frozenset(stops))
+    return ModelTokenizer(tokenizer, bos_ids(tokenizer), stops[0], frozenset(stops))
 
 
 def bos_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -217,47 +217,53 @@ def eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
-def token_ids(codec: Codec, text: str) -> list[int]:
+def token_ids(tokenizer: ModelTokenizer, text: str) -> list[int]:
     """The tokens of a piece of text, without special tokens around it."""
-    return codec.tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.backend.encode(text, add_special_tokens=False).ids
 
 
-def prompt_ids(codec: Codec, format: Format, question: str) -> list[int]:
+def prompt_ids(tokenizer: ModelTokenizer, format: Format, question: str) -> list[int]:
     """[BOS] and the prompt. Training, evaluation and generation all start from these tokens."""
-    return encode_prompt(codec, format, question)[0]
+    return encode_prompt(tokenizer, format, question)[0]
 
 
-def encode_prompt(codec: Codec, format: Format, question: str) -> tuple[list[int], range]:
+def encode_prompt(tokenizer: ModelTokenizer, format: Format, question: str) -> tuple[list[int], range]:
     """[BOS] and the prompt, and where in it the instruction carries loss.
 
     An empty question has nothing to cut out or to learn: its prompt is that of `loss_on="answer"`.
     """
-    pieces, apart = require_template(format.template).pieces, learns_instruction(format) and question != ""
-    tokens, instruction = [*(codec.bos if format.bos else ())], range(0)
+    pieces, apart = require_template(format.template).pieces, trains_on_question(format) and question != ""
+    tokens, instruction = [*(tokenizer.bos if format.bos else ())], range(0)
     for part in (part for piece in pieces for part in (QUESTION.split(piece) if apart else [piece])):
         start = len(tokens)
-        tokens += token_ids(codec, part.replace("{question}", question))
+        tokens += token_ids(tokenizer, part.replace("{question}", question))
         if apart and "{question}" in part:
             instruction = range(start, len(tokens))
     return tokens, instruction
 
 
-def learns_instruction(format: Format) -> bool:
+def trains_on_question(format: Format) -> bool:
     """Whether the instruction carries loss; InputError if there is no such choice."""
     if format.loss_on not in LOSS_ON:
         raise InputError(f"Loss cannot be on {format.loss_on!r}, only on {' or '.join(LOSS_ON)}.")
     return format.loss_on != "answer"
 
 
-def encode_row(codec: Codec, format: Format, row: Row) -> Example:
+def encode_row(tokenizer: ModelTokenizer, format: Format, row: Row) -> Example:
     """[BOS] prompt answer EOS."""
-    prompt, instruction = encode_prompt(codec, format, row.question)
-    answer = token_ids(codec, require_template(format.template).before_answer + row.answer)
-    return Example([*prompt, *answer, codec.eos], len(prompt), row.number, instruction)
+    prompt, instruction = encode_prompt(tokenizer, format, row.question)
+    answer = token_ids(tokenizer, require_template(format.template).before_answer + row.answer)
+    return Example([*prompt, *answer, tokenizer.eos], len(prompt), row.number, instruction)
 
 
 def encode_rows(
-    path: str | Path, rows: Sequence[Row], codec: Codec, format: Format, *, max_length: int = 2048, drop: bool = False
+    path: str | Path,
+    rows: Sequence[Row],
+    tokenizer: ModelTokenizer,
+    format: Format,
+    *,
+    max_length: int = 2048,
+    drop: bool = False,
 ) -> tuple[list[Example], list[str]]:
     """The examples, and a sentence for each row left out.
 
@@ -267,10 +273,10 @@ def encode_rows(
     """
     examples, dropped = [], []
     for row in rows:
-        example = encode_row(codec, format, row)
-        fault = fault_of(row, example, codec, format, max_length)
+        example = encode_row(tokenizer, format, row)
+        fault = rejection_reason(row, example, tokenizer, format, max_length)
         if fault and not drop:
-            raise InputError(f"{path}, line {row.number}: {fault}. Mend the row, or leave such rows out with --drop.")
+            raise InputError(f"{path}, line {row.number}: {fault}. Fix the row, or leave such rows out with --drop.")
         if fault:
             dropped.append(f"line {row.number}: {fault}")
         else:
@@ -280,18 +286,20 @@ def encode_rows(
     return examples, dropped
 
 
-def fault_of(row: Row, example: Example, codec: Codec, format: Format, max_length: int) -> str | None:
+def rejection_reason(
+    row: Row, example: Example, tokenizer: ModelTokenizer, format: Format, max_length: int
+) -> str | None:
     """Why a row cannot be trained on, or None."""
-    text = example.tokens[len(codec.bos) if format.bos else 0 : -1]
-    special = [token for token in text if token in codec.bos or token in codec.stops]
+    text = example.tokens[len(tokenizer.bos) if format.bos else 0 : -1]
+    special = [token for token in text if token in tokenizer.bos or token in tokenizer.stops]
     if not row.question.strip() or not row.answer.strip():
         return "the question or the answer is empty"
     if len(example.tokens) > max_length:
         return f"{len(example.tokens)} tokens are more than the maximum of {max_length}"
-    if example.supervised < 1:
+    if example.num_loss_tokens < 1:
         return "no token carries loss"
     if special:
-        return f"the text itself contains the special token {codec.tokenizer.id_to_token(special[0])}"
+        return f"the text itself contains the special token {tokenizer.backend.id_to_token(special[0])}"
     return None
 
 
@@ -312,13 +320,13 @@ def split_by_length(examples: Sequence[Example], size: int) -> list[list[Example
 def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> Batch:
     """Right-padded tokens, and labels that are -100 wherever there is no loss, as on the padding."""
     tokens = pad([example.tokens for example in examples])
-    labels = pad([labelled(example) for example in examples], IGNORED)
+    labels = pad([make_labels(example) for example in examples], IGNORED)
     return Batch(tokens.to(device), labels.to(device))
 
 
-def labelled(example: Example) -> list[int]:
+def make_labels(example: Example) -> list[int]:
     """The tokens that carry loss, and -100 in place of the others."""
-    labels = [IGNORED] * example.prompt + example.tokens[example.prompt :]
+    labels = [IGNORED] * example.prompt_length + example.tokens[example.prompt_length :]
     for place in example.instruction:
         labels[place] = example.tokens[place]
     return labels

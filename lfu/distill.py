@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lfu.data import Codec, Row, token_ids
-from lfu.generate import generate, sampled
+from lfu.data import ModelTokenizer, Row, token_ids
+from lfu.generate import generate, make_sampler
 from lfu.model import Config, Params
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ GSM8K = (
     "Refer to the reference answer and write a response that appropriately answers the question."
 )
 OPENING = "Great! Let's think step by step. "
-"""Belongs to the prompt: what is stored as the answer comes behind it."""
+"""Belongs to the prompt: what is stored as the answer comes after it."""
 
 RECIPES = {
     # "alpaca_distill_using", for Alpaca, Dolly and LIMA.
@@ -67,10 +67,10 @@ RECIPES = {
 }
 
 
-def distill_prompt(codec: Codec, recipe: Recipe, row: Row) -> list[int]:
+def distill_prompt(tokenizer: ModelTokenizer, recipe: Recipe, row: Row) -> list[int]:
     """[BOS] and the prompt that asks for this row's answer in other words."""
     texts = [piece.format(question=row.question, reference=row.answer) for piece in recipe.pieces]
-    return [*codec.bos, *(token for text in texts for token in token_ids(codec, text))]
+    return [*tokenizer.bos, *(token for text in texts for token in token_ids(tokenizer, text))]
 
 
 # --- which answers are taken ----------------------------------------------------------------------
@@ -80,7 +80,7 @@ NUMBER = re.compile(r"-?\d+(?:[,\s]\d+)*(?:\.\d+)?")
 NO_INTEGER = "-999999999"
 
 
-def fault_of(text: str, reference: str, recipe: Recipe) -> str | None:
+def rejection_reason(text: str, reference: str, recipe: Recipe) -> str | None:
     """Why a rewritten answer, stripped, does not take the reference's place, or None."""
     if not text:
         return "it is empty"
@@ -117,10 +117,10 @@ class Answer(NamedTuple):
     fault: str | None  # why that is the reference after all, where it is
 
 
-def distilled(
+def rewrite_answers(
     config: Config,
     params: Params,
-    codec: Codec,
+    tokenizer: ModelTokenizer,
     rows: Sequence[Row],
     recipe: Recipe,
     *,
@@ -133,19 +133,19 @@ def distilled(
 ) -> Iterator[list[Answer]]:
     """Yields the answers to train on, `batch_size` rows at a time, in the order of the rows; none is left out.
 
-    What is drawn for a row depends on the seed and the row's number alone (see `generate.sampled`).
+    What is drawn for a row depends on the seed and the row's number alone (see `generate.make_sampler`).
     """
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        prompts = [distill_prompt(codec, recipe, row) for row in batch]
+        prompts = [distill_prompt(tokenizer, recipe, row) for row in batch]
         numbers = [row.number for row in batch]
-        choose = sampled(seed, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
+        choose = make_sampler(seed, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
         how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "choose": choose}
-        texts = {index: completion.text for index, completion in generate(config, params, codec, prompts, **how)}
-        yield [selected(texts[index], row.answer, recipe) for index, row in enumerate(batch)]
+        texts = {index: completion.text for index, completion in generate(config, params, tokenizer, prompts, **how)}
+        yield [choose_answer(texts[index], row.answer, recipe) for index, row in enumerate(batch)]
 
 
-def selected(text: str, reference: str, recipe: Recipe) -> Answer:
+def choose_answer(text: str, reference: str, recipe: Recipe) -> Answer:
     """The rewritten answer, stripped, or the reference as it is."""
-    fault = fault_of(text.strip(), reference, recipe)
+    fault = rejection_reason(text.strip(), reference, recipe)
     return Answer(reference if fault else text.strip(), fault)

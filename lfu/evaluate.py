@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lfu import InputError
-from lfu.data import Codec, Example, Row, collate, read_rows, split_by_length, token_ids
+from lfu.data import Example, ModelTokenizer, Row, collate, read_rows, split_by_length, token_ids
 from lfu.layouts import Layout, columns
 from lfu.lora import Adapter
-from lfu.loss import predicts, targets
+from lfu.loss import answer_labels, answer_mask
 from lfu.model import Config, Params, embed, trunk, unembed
 
 
@@ -45,7 +45,7 @@ INVALID = "[invalid]"
 
 
 def strict_answer(text: str) -> str:
-    """The number behind the first "#### "."""
+    """The number after the first "#### "."""
     found = STRICT.search(text)
     return found.group(1).strip() if found else INVALID
 
@@ -76,7 +76,7 @@ def exact_scores(prediction: str, reference: str) -> dict[str, bool]:
 
 
 def is_right(prediction: str, reference: str) -> bool:
-    """Strict exact match where the reference has a number behind ####, else equality of the texts."""
+    """Strict exact match where the reference has a number after ####, else equality of the texts."""
     if "####" in reference:
         return gsm8k_scores(prediction, reference)["strict"]
     return exact_scores(prediction, reference)["exact"]
@@ -87,7 +87,7 @@ def is_right(prediction: str, reference: str) -> bool:
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def words(answer: str) -> list[str]:
+def normalise_words(answer: str) -> list[str]:
     """In lower case, without ASCII punctuation (deleted, not parted at) and without English articles."""
     kept = "".join(character for character in answer.lower() if character not in string.punctuation)
     return ARTICLES.sub(" ", kept).split()
@@ -95,7 +95,7 @@ def words(answer: str) -> list[str]:
 
 def token_f1(prediction: str, gold: str) -> float:
     """Harmonic mean of precision and recall of the words; an answer without words matches only another such."""
-    found, wanted = words(prediction), words(gold)
+    found, wanted = normalise_words(prediction), normalise_words(gold)
     if not (found and wanted):
         return float(found == wanted)
     common = (Counter(found) & Counter(wanted)).total()
@@ -111,7 +111,7 @@ def f1_scores(prediction: str, golds: str | list[str]) -> dict[str, float]:
     golds = [golds] if isinstance(golds, str) else golds
     line = prediction.strip().split("\n")[0]
     folds = [golds[:left] + golds[left + 1 :] for left in range(len(golds))] if len(golds) > 1 else [golds]
-    em = [max(words(line) == words(gold) for gold in fold) for fold in folds]
+    em = [max(normalise_words(line) == normalise_words(gold) for gold in fold) for fold in folds]
     f1 = [max(token_f1(line, gold) for gold in fold) for fold in folds]
     return {"em": sum(em) / len(folds), "f1": sum(f1) / len(folds)}
 
@@ -190,7 +190,7 @@ def accuracy(hits: Sequence[float]) -> Estimate:
 
 # --- the harness' prompt ---------------------------------------------------------------------------
 
-WORDINGS = (
+PROMPT_VARIANTS = (
     "Question: {question}\nAnswer:",
     "Problem: {question}\nAnswer:",
     "Let's solve this: {question}\nAnswer:",
@@ -203,11 +203,11 @@ HARNESS_STOPS = ("Question:", "</s>", "<|im_end|>")
 
 
 def harness_prompt(
-    codec: Codec, row: Row, shots: Sequence[Row], *, wording: str = WORDINGS[0], bos: bool = True
+    tokenizer: ModelTokenizer, row: Row, shots: Sequence[Row], *, wording: str = PROMPT_VARIANTS[0], bos: bool = True
 ) -> list[int]:
     """[BOS] and the harness' gsm8k prompt: worked examples, then the question, tokenised in one piece."""
     solved = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in shots)
-    return [*(codec.bos if bos else ()), *token_ids(codec, solved + wording.format(question=row.question))]
+    return [*(tokenizer.bos if bos else ()), *token_ids(tokenizer, solved + wording.format(question=row.question))]
 
 
 def draw_shots(pool: Sequence[Row], count: int, seed: int, row: Row) -> list[Row]:
@@ -249,7 +249,7 @@ def per_token(
 ) -> Estimate:
     """What `measure` finds for each row of a batch, summed, over all labelled tokens; rows come sorted by length."""
     batches = split_by_length(examples, batch_size)
-    counts = [each.supervised for batch in batches for each in batch]
+    counts = [each.num_loss_tokens for batch in batches for each in batch]
     return ratio([found for batch in batches for found in measure(batch)], counts)
 
 
@@ -277,10 +277,10 @@ def row_likelihoods(
 ) -> list[Likelihood]:
     """The likelihood of each row's labelled tokens, in the stream dtype; logits only where they are needed."""
     batch = collate(examples, params.embed.device)
-    mask = predicts(batch.labels)
+    mask = answer_mask(batch.labels)
     hidden = trunk(config, params, embed(params, batch.tokens), adapters)[-1][mask]  # [n,D]
     logprobs, misses = [], []
-    for h, wanted in zip(hidden.split(POSITIONS), targets(batch.labels).split(POSITIONS)):
+    for h, wanted in zip(hidden.split(POSITIONS), answer_labels(batch.labels).split(POSITIONS)):
         log_p = unembed(config, params, h).log_softmax(-1)  # [.,V]
         logprobs.append(log_p.gather(1, wanted[:, None])[:, 0])
         misses.append(log_p.argmax(-1) != wanted)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lfu import InputError
-from lfu.data import Codec, pad
+from lfu.data import ModelTokenizer, pad
 from lfu.lora import Adapter
 from lfu.model import Cache, Config, Params, decode, empty_cache
 
@@ -40,7 +40,7 @@ def greedy(logits: Tensor, prompts: Sequence[int], step: int) -> Tensor:  # [B,V
 def generate(
     config: Config,
     params: Params,
-    codec: Codec,
+    tokenizer: ModelTokenizer,
     prompts: Sequence[Sequence[int]],
     adapters: Sequence[Adapter] = (),
     *,
@@ -51,8 +51,8 @@ def generate(
 ) -> Iterator[tuple[int, Completion]]:
     """Yields (index of the prompt, its completion), batch by batch, prompts of similar length together.
 
-    A completion ends at any EOS id of `codec`, or where its text first contains a string of `stop`, which is cut off.
-    `choose` is `greedy` or made by `sampled`. InputError for an empty prompt: there is nothing to continue.
+    A completion ends at any EOS id of `tokenizer`, or where its text first contains a string of `stop`, which is cut
+    off. `choose` is `greedy` or made by `make_sampler`. InputError for an empty prompt: there is nothing to continue.
     """
     if not all(prompts):
         raise InputError(
@@ -62,14 +62,14 @@ def generate(
     for start in range(0, len(order), batch_size):
         batch = {index: prompts[index] for index in order[start : start + batch_size]}
         with torch.inference_mode():
-            tokens = continued(config, params, codec, batch, adapters, max_new_tokens, stop, choose)
-        yield from ((index, complete(codec, ids, stop)) for index, ids in tokens.items())
+            tokens = decode_batch(config, params, tokenizer, batch, adapters, max_new_tokens, stop, choose)
+        yield from ((index, complete(tokenizer, ids, stop)) for index, ids in tokens.items())
 
 
-def continued(
+def decode_batch(
     config: Config,
     params: Params,
-    codec: Codec,
+    tokenizer: ModelTokenizer,
     prompts: Mapping[int, Sequence[int]],
     adapters: Sequence[Adapter],
     max_new_tokens: int,
@@ -86,7 +86,7 @@ def continued(
         for row, token in zip(rows, chosen.tolist()):
             if not done[row]:
                 outputs[row].append(token)
-                done[row] = ended(codec, outputs[row], stop)
+                done[row] = is_finished(tokenizer, outputs[row], stop)
         going = [place for place, row in enumerate(rows) if not done[row]]
         if not (going and left):
             break
@@ -100,7 +100,7 @@ def continued(
 def prefill(
     config: Config, params: Params, prompts: Sequence[Sequence[int]], cache: Cache, adapters: Sequence[Adapter]
 ) -> tuple[Tensor, Cache]:  # -> [B,V]
-    """Logits behind each prompt, and the cache that holds them all.
+    """Logits after each prompt, and the cache that holds them all.
 
     PREFILL prompts at a time, written through views of the cache: as prompts come sorted by length, a few of them need
     little padding, and what is computed in between stays small.
@@ -114,11 +114,11 @@ def prefill(
     return torch.cat(logits), cache._replace(lengths=counts)
 
 
-def ended(codec: Codec, tokens: list[int], stop: Sequence[str]) -> bool:
+def is_finished(tokenizer: ModelTokenizer, tokens: list[int], stop: Sequence[str]) -> bool:
     """Whether a row has reached an EOS id or a stop string."""
-    if tokens and tokens[-1] in codec.stops:
+    if tokens and tokens[-1] in tokenizer.stops:
         return True
-    text = codec.tokenizer.decode(tokens) if stop else ""
+    text = tokenizer.backend.decode(tokens) if stop else ""
     return any(string in text for string in stop)
 
 
@@ -128,11 +128,11 @@ def select(cache: Cache, rows: Tensor | slice) -> Cache:
     return Cache(keys, values, cache.lengths[rows])
 
 
-def complete(codec: Codec, tokens: list[int], stop: Sequence[str]) -> Completion:
+def complete(tokenizer: ModelTokenizer, tokens: list[int], stop: Sequence[str]) -> Completion:
     """Tokens -> text without EOS, cut at the first stop string."""
-    finished = ended(codec, tokens, stop)
-    tokens = tokens[:-1] if tokens and tokens[-1] in codec.stops else tokens
-    text = codec.tokenizer.decode(tokens)
+    finished = is_finished(tokenizer, tokens, stop)
+    tokens = tokens[:-1] if tokens and tokens[-1] in tokenizer.stops else tokens
+    text = tokenizer.backend.decode(tokens)
     cut = min((text.index(string) for string in stop if string in text), default=len(text))
     return Completion(text[:cut], tokens, finished)
 
@@ -140,7 +140,7 @@ def complete(codec: Codec, tokens: list[int], stop: Sequence[str]) -> Completion
 # --- drawing --------------------------------------------------------------------------------------
 
 
-def sampled(seed: int, numbers: Sequence[int], *, temperature: float, top_k: int, top_p: float) -> Choose:
+def make_sampler(seed: int, numbers: Sequence[int], *, temperature: float, top_k: int, top_p: float) -> Choose:
     """A `choose` that draws from `distribution`; `numbers` gives each prompt a number of its own, such as its row's.
 
     What is drawn is a function of (seed, number, step) and the logits alone: no state, no batch. So the draws of a run

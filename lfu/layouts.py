@@ -29,7 +29,7 @@ Layout = Callable[[dict[str, Any]], tuple[str, str]]
 
 def columns(fields: dict[str, Any], *, question: str = "question", answer: str = "answer") -> tuple[str, str]:
     """Two columns of strings, as they are."""
-    return value(fields, question, str), value(fields, answer, str)
+    return require_column(fields, question, str), require_column(fields, answer, str)
 
 
 def arc(fields: dict[str, Any]) -> tuple[str, str]:
@@ -39,8 +39,8 @@ def arc(fields: dict[str, Any]) -> tuple[str, str]:
     are lettered here in the order they come, so that every row asks alike. The answer is letter and text: a letter
     alone would be two tokens of loss a row, the text alone would not teach what tests that ask for a letter want.
     """
-    question, choices = value(fields, "question", str), value(fields, "choices", dict)
-    texts, labels, key = strings(choices, "text"), strings(choices, "label"), value(fields, "answerKey", str)
+    question, choices = require_column(fields, "question", str), require_column(fields, "choices", dict)
+    texts, labels, key = strings(choices, "text"), strings(choices, "label"), require_column(fields, "answerKey", str)
     if not 0 < len(texts) == len(set(labels)) == len(labels) <= len(string.ascii_uppercase):
         raise InputError(f"column 'choices' must have a label of its own for each text, not {labels} for {texts}.")
     if key not in labels:
@@ -68,16 +68,19 @@ def dolly(fields: dict[str, Any]) -> tuple[str, str]:
     A context that is not empty follows the instruction on a new line, as LLaMA-Factory joins them
     (`data/converter.py`, `data/processor/supervised.py`).
     """
-    instruction, answer = value(fields, "instruction", str), value(fields, either(fields, "output", "response"), str)
-    named = either(fields, "input", "context")
-    context = value(fields, named, str) if named in fields else ""
+    instruction, answer = (
+        require_column(fields, "instruction", str),
+        require_column(fields, first_present(fields, "output", "response"), str),
+    )
+    named = first_present(fields, "input", "context")
+    context = require_column(fields, named, str) if named in fields else ""
     return f"{instruction}\n{context}" if context else instruction, answer
 
 
 LAYOUTS: dict[str, Layout] = {"columns": columns, "arc": arc, "lima": lima, "dolly": dolly}
 
 
-def layout_named(name: str, question: str, answer: str) -> Layout:
+def get_layout(name: str, question: str, answer: str) -> Layout:
     """The layout of this name, with the names of its two columns; InputError if it has names of its own."""
     if name == "columns":
         return partial(columns, question=question, answer=answer)
@@ -89,7 +92,7 @@ def layout_named(name: str, question: str, answer: str) -> Layout:
 # --- one column -----------------------------------------------------------------------------------
 
 
-def value(fields: dict[str, Any], column: str, kind: type) -> Any:
+def require_column(fields: dict[str, Any], column: str, kind: type) -> Any:
     """What stands in a column; InputError if it is missing or of another type."""
     if column not in fields:
         raise InputError(f"no column {column!r}; the row has {', '.join(fields) or 'none'}.")
@@ -101,13 +104,13 @@ def value(fields: dict[str, Any], column: str, kind: type) -> Any:
 
 def strings(fields: dict[str, Any], column: str) -> list[str]:
     """A column that is a list of strings."""
-    values = value(fields, column, list)
+    values = require_column(fields, column, list)
     if not all(isinstance(each, str) for each in values):
         raise InputError(f"column {column!r} must be a list of strings, not {values!r}.")
     return values
 
 
-def either(fields: dict[str, Any], *names: str) -> str:
+def first_present(fields: dict[str, Any], *names: str) -> str:
     """Which of these columns the row has, the first where it has none; InputError if it has both."""
     found = [name for name in names if name in fields]
     if len(found) > 1:

@@ -25,9 +25,9 @@ import numpy as np
 
 from lfu import InputError
 from lfu.checkpoint import read_json
-from lfu.data import Codec, Example, Format, Row, prompt_ids, read_rows, require_template, token_ids
+from lfu.data import Example, Format, ModelTokenizer, Row, prompt_ids, read_rows, require_template, token_ids
 from lfu.evaluate import Estimate, Likelihood, accuracy, ratio, row_likelihoods
-from lfu.layouts import columns, value
+from lfu.layouts import columns, require_column
 from lfu.lora import Adapter
 from lfu.model import Config, Params
 
@@ -48,10 +48,10 @@ def read_items(path: str | Path, score: str, *, question: str = "question", answ
     asks, read, *_ = SCORES[score]
     column = question if asks else "text"
     rows = read_rows(path, partial(columns, question=column, answer=column))
-    return [located(path, row, read, row, answer) for row in rows]
+    return [with_line_number(path, row, read, row, answer) for row in rows]
 
 
-def located(path: str | Path, row: Row, function: Callable[..., Any], *arguments: Any) -> Any:
+def with_line_number(path: str | Path, row: Row, function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result; an InputError in it gets the line before it."""
     try:
         return function(*arguments)
@@ -61,7 +61,7 @@ def located(path: str | Path, row: Row, function: Callable[..., Any], *arguments
 
 def read_choices(row: Row, answer: str) -> Item:
     """Columns: question, choices (strings) and answer (the index of the right one, from 0)."""
-    choices, right = choices_of(row), value(row.fields, answer, int)
+    choices, right = choices_of(row), require_column(row.fields, answer, int)
     if type(right) is not int or not 0 <= right < len(choices):
         raise InputError(f"column {answer!r} must be the index of a choice, 0 to {len(choices) - 1}, not {right!r}.")
     return Item(row, row.question, choices, [right])
@@ -69,7 +69,7 @@ def read_choices(row: Row, answer: str) -> Item:
 
 def read_labelled(row: Row, answer: str) -> Item:
     """Columns: question, choices (strings) and labels (0 or 1 for each choice)."""
-    choices, labels = choices_of(row), value(row.fields, "labels", list)
+    choices, labels = choices_of(row), require_column(row.fields, "labels", list)
     if len(labels) != len(choices) or not all(label in (0, 1) for label in labels):
         raise InputError(f"column 'labels' must hold 0 or 1 for each of the {len(choices)} choices, not {labels!r}.")
     if len(set(labels)) == 1:
@@ -79,7 +79,7 @@ def read_labelled(row: Row, answer: str) -> Item:
 
 def choices_of(row: Row) -> list[str]:
     """The column choices; InputError unless it is at least two texts."""
-    choices = value(row.fields, "choices", list)
+    choices = require_column(row.fields, "choices", list)
     if len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
         raise InputError(f"column 'choices' must be two or more strings that are not empty, not {choices!r}.")
     return choices
@@ -103,23 +103,23 @@ def read_text(row: Row, answer: str) -> Item:
 # --- tokens ----------------------------------------------------------------------------------------
 
 
-class Asking(NamedTuple):
+class EncodingOptions(NamedTuple):
     """How texts are put to a model."""
 
-    codec: Codec
+    tokenizer: ModelTokenizer
     format: Format
-    own: bool  # a context is a question for the template; otherwise it stands as it is, and a space behind it
+    use_template: bool  # a context is a question for the template; otherwise it stands as it is, with a space after it
     prefix: int  # the token that a text without context follows
     max_length: int  # how many tokens are seen at once
 
 
-def prefix_id(folder: Path, codec: Codec) -> int:
+def prefix_id(folder: Path, tokenizer: ModelTokenizer) -> int:
     """The declared BOS, also of a tokenizer that puts none before a text; else EOS. `HFLM.prefix_token_id`."""
     path = folder / "tokenizer_config.json"
     declared = read_json(path).get("bos_token") if path.is_file() else None
     text = declared["content"] if isinstance(declared, dict) else declared
-    bos = codec.tokenizer.token_to_id(text) if text else None
-    return next(token for token in (bos, *codec.bos, codec.eos) if token is not None)
+    bos = tokenizer.backend.token_to_id(text) if text else None
+    return next(token for token in (bos, *tokenizer.bos, tokenizer.eos) if token is not None)
 
 
 def longest_context(folder: Path) -> int:
@@ -127,14 +127,14 @@ def longest_context(folder: Path) -> int:
     return read_json(folder / "config.json").get("max_position_embeddings") or 2048
 
 
-def text_ids(asking: Asking, text: str) -> list[int]:
+def text_ids(options: EncodingOptions, text: str) -> list[int]:
     """[BOS] and the text; one that begins with BOS gets no second. `HFLM.tok_encode`."""
-    bos, tokens = list(asking.codec.bos if asking.format.bos else ()), token_ids(asking.codec, text)
+    bos, tokens = list(options.tokenizer.bos if options.format.bos else ()), token_ids(options.tokenizer, text)
     return tokens if tokens[: len(bos)] == bos else bos + tokens
 
 
-def pair_ids(asking: Asking, context: str, text: str) -> tuple[list[int], list[int]]:
-    """Context, space and text tokenised together, and parted behind as many tokens as the context has alone.
+def pair_ids(options: EncodingOptions, context: str, text: str) -> tuple[list[int], list[int]]:
+    """Context, space and text tokenised together, and parted after as many tokens as the context has alone.
 
     White space at the end of a context goes to its continuation, because there the tokens of words have theirs.
     `ConfigurableTask.construct_requests`, `TemplateLM.loglikelihood` and `_encode_pair`.
@@ -142,57 +142,59 @@ def pair_ids(asking: Asking, context: str, text: str) -> tuple[list[int], list[i
     kept = context.rstrip()
     continuation = f"{context[len(kept) :]} {text}"
     if not kept:
-        tokens = token_ids(asking.codec, continuation)
-        return ([asking.prefix], tokens) if tokens[:1] != [asking.prefix] else (tokens[:1], tokens[1:])
-    given = text_ids(asking, kept)
-    return given, text_ids(asking, kept + continuation)[len(given) :]
+        tokens = token_ids(options.tokenizer, continuation)
+        return ([options.prefix], tokens) if tokens[:1] != [options.prefix] else (tokens[:1], tokens[1:])
+    given = text_ids(options, kept)
+    return given, text_ids(options, kept + continuation)[len(given) :]
 
 
-def own_ids(asking: Asking, question: str, text: str) -> tuple[list[int], list[int]]:
-    """The prompt and the text as its answer, in the tokens of training; without the EOS behind it."""
-    answer = require_template(asking.format.template).before_answer + text
-    return prompt_ids(asking.codec, asking.format, question), token_ids(asking.codec, answer)
+def own_ids(options: EncodingOptions, question: str, text: str) -> tuple[list[int], list[int]]:
+    """The prompt and the text as its answer, in the tokens of training; without the EOS after it."""
+    answer = require_template(options.format.template).before_answer + text
+    return prompt_ids(options.tokenizer, options.format, question), token_ids(options.tokenizer, answer)
 
 
-def encode(path: str | Path, score: str, asking: Asking, items: Sequence[Item]) -> tuple[list[list[Example]], int]:
+def encode(
+    path: str | Path, score: str, options: EncodingOptions, items: Sequence[Item]
+) -> tuple[list[list[Example]], int]:
     """The examples of each item, and in how many items a context was too long for the model and lost its beginning."""
-    whole = [located(path, item.row, SCORES[score].encode, asking, item) for item in items]
-    cut = sum(any(len(example.tokens) > asking.max_length + 1 for example in examples) for examples in whole)
-    return [[last_tokens(example, asking.max_length + 1) for example in examples] for examples in whole], cut
+    whole = [with_line_number(path, item.row, SCORES[score].encode, options, item) for item in items]
+    cut = sum(any(len(example.tokens) > options.max_length + 1 for example in examples) for examples in whole)
+    return [[last_tokens(example, options.max_length + 1) for example in examples] for examples in whole], cut
 
 
 def last_tokens(example: Example, count: int) -> Example:
     """The end of an example. The last token is only predicted, so there may be one more than a model sees."""
     lost = max(0, len(example.tokens) - count)
-    return Example(example.tokens[lost:], example.prompt - lost, example.row)
+    return Example(example.tokens[lost:], example.prompt_length - lost, example.line_number)
 
 
-def encode_pairs(asking: Asking, item: Item) -> list[Example]:
-    """Each continuation behind the context."""
-    return [encode_pair(asking, item, text) for text in item.continuations]
+def encode_pairs(options: EncodingOptions, item: Item) -> list[Example]:
+    """Each continuation after the context."""
+    return [encode_pair(options, item, text) for text in item.continuations]
 
 
-def encode_pair(asking: Asking, item: Item, text: str) -> Example:
+def encode_pair(options: EncodingOptions, item: Item, text: str) -> Example:
     """InputError for a continuation without tokens of its own, or too long, or without anything before it."""
-    join = own_ids if asking.own else pair_ids
-    given, continuation = join(asking, item.context, text)
+    join = own_ids if options.use_template else pair_ids
+    given, continuation = join(options, item.context, text)
     if not given:
         raise InputError("a context without tokens predicts nothing: use a template or the BOS token.")
-    if not 0 < len(continuation) <= asking.max_length:
-        raise InputError(f"{text!r} adds {len(continuation)} tokens to its context, not 1 to {asking.max_length}.")
+    if not 0 < len(continuation) <= options.max_length:
+        raise InputError(f"{text!r} adds {len(continuation)} tokens to its context, not 1 to {options.max_length}.")
     return Example([*given, *continuation], len(given), item.row.number)
 
 
-def encode_windows(asking: Asking, item: Item) -> list[Example]:
+def encode_windows(options: EncodingOptions, item: Item) -> list[Example]:
     """A text in windows of `max_length` tokens to predict, the last one with as much context as fits.
 
     The first window follows the prefix. Where the tokenizer puts BOS before a text, BOS itself is predicted from the
     prefix: so does the harness. `HFLM.loglikelihood_rolling`, `get_rolling_token_windows`, `make_disjoint_window`.
     """
-    tokens, windows = [asking.prefix, *text_ids(asking, item.continuations[0])], []
-    for start in range(1, len(tokens), asking.max_length):
-        end = min(start + asking.max_length, len(tokens))
-        window = tokens[max(0, end - asking.max_length - 1) : end]
+    tokens, windows = [options.prefix, *text_ids(options, item.continuations[0])], []
+    for start in range(1, len(tokens), options.max_length):
+        end = min(start + options.max_length, len(tokens))
+        window = tokens[max(0, end - options.max_length - 1) : end]
         windows.append(Example(window, len(window) - (end - start), item.row.number))
     return windows
 
@@ -288,7 +290,7 @@ class Score(NamedTuple):
 
     asks: bool  # there is a question, which can be put in a template; otherwise plain text is continued
     read: Callable[[Row, str], Item]
-    encode: Callable[[Asking, Item], list[Example]]
+    encode: Callable[[EncodingOptions, Item], list[Example]]
     record: Callable[[Item, list[Likelihood]], Record]
     estimates: Callable[[Sequence[Record]], dict[str, Estimate]]
 

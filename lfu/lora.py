@@ -1,8 +1,8 @@
 """LoRA: a low-rank term s·B A beside a frozen weight, as a value (Hu et al. 2022; PEFT `tuners/lora/layer.py`).
 
 A `Lora` is a plain tree of tensors, so it can be differentiated, stepped, stacked, merged and saved. It enters the
-decoder in `model.adapted`; nothing is wrapped or patched. The scale lora_alpha / r stays outside the tree: it is not
-trained.
+decoder in `model.linear_with_adapters`; nothing is wrapped or patched. The scale lora_alpha / r stays outside the tree:
+it is not trained.
 
 Files have PEFT's layout and load in `peft` unchanged. Read next: `steering.py`.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lfu import InputError
-from lfu.checkpoint import read_json, read_tensors, some, tensor_files, write_json, write_tensors
+from lfu.checkpoint import first_few, read_json, read_tensors, tensor_files, write_json, write_tensors
 from lfu.model import MODULES, Config, Params, layer_shapes, stream_dtype
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -69,16 +69,16 @@ def stack(*adapters: Adapter) -> Adapter:
     A scale that all share stays outside.
     """
     alike = len({scale for _, scale in adapters}) == 1
-    loras = [lora if alike else scaled(lora, scale) for lora, scale in adapters]
-    return [joined(layers) for layers in zip(*loras, strict=True)], adapters[0][1] if alike else 1.0
+    loras = [lora if alike else fold_scale(lora, scale) for lora, scale in adapters]
+    return [concatenate_ranks(layers) for layers in zip(*loras, strict=True)], adapters[0][1] if alike else 1.0
 
 
-def scaled(lora: Lora, scale: float) -> Lora:
+def fold_scale(lora: Lora, scale: float) -> Lora:
     """The adapter that needs no scale any more."""
     return [{name: LowRank(A, scale * B) for name, (A, B) in layer.items()} for layer in lora]
 
 
-def joined(layers: Sequence[dict[str, LowRank]]) -> dict[str, LowRank]:
+def concatenate_ranks(layers: Sequence[dict[str, LowRank]]) -> dict[str, LowRank]:
     """The ranks of one block's adapters side by side; a name may be missing from some of them."""
     pairs = {name: [layer[name] for layer in layers if name in layer] for layer in layers for name in layer}
     return {
@@ -138,10 +138,10 @@ def save(folder: Path, adapter: Adapter, *, base: str) -> None:
             "alpha_pattern": {},
         },
     )
-    write_tensors(folder / "adapter_model.safetensors", named_lora(lora))
+    write_tensors(folder / "adapter_model.safetensors", to_peft_tensors(lora))
 
 
-def named_lora(lora: Lora) -> dict[str, Tensor]:
+def to_peft_tensors(lora: Lora) -> dict[str, Tensor]:
     """A Lora under PEFT's tensor names."""
     return {
         peft_name(index, name, part): getattr(pair, part)
@@ -191,7 +191,7 @@ VARIANTS = (
     "corda_config", "eva_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 """Options of PEFT that, when set, make an adapter more than s·B A on every block."""
-PLAIN = {
+ACCEPTED_OPTIONS = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian"),  # the others also change the base weights
     **dict.fromkeys(VARIANTS, ()),
@@ -206,7 +206,7 @@ def refuse_unsupported(folder: Path, options: dict) -> None:
     for key in ("r", "lora_alpha"):
         if not isinstance(options.get(key), int | float) or options[key] <= 0:
             raise InputError(f"{path}: {key} must be a positive number, not {options.get(key)!r}.")
-    for key, harmless in PLAIN.items():
+    for key, harmless in ACCEPTED_OPTIONS.items():
         if options.get(key) and options[key] not in harmless:
             raise InputError(f"{path}: {key} = {options[key]!r} is not supported; only plain LoRA is.")
 
@@ -219,6 +219,6 @@ def read_targets(folder: Path, options: dict) -> tuple[str, ...]:
     if isinstance(listed, list) and set(listed) != set(held):
         raise InputError(
             f"{folder}: adapter_config.json lists target_modules {sorted(listed)}, but adapter_model.safetensors holds "
-            f"tensors for {some(sorted(held), 7) or 'none of the supported layers'}."
+            f"tensors for {first_few(sorted(held), 7) or 'none of the supported layers'}."
         )
     return held

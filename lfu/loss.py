@@ -19,12 +19,12 @@ IGNORED = -100
 NORMS = ("mean", "sum", "relative")
 
 
-def predicts(labels: Tensor) -> Tensor:  # [B,T] -> [B,T] bool
+def answer_mask(labels: Tensor) -> Tensor:  # [B,T] -> [B,T] bool
     """The positions t that predict a labelled token at t+1. The last position predicts nothing."""
     return F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
 
 
-def targets(labels: Tensor) -> Tensor:  # [B,T] -> [n]
+def answer_labels(labels: Tensor) -> Tensor:  # [B,T] -> [n]
     """The labels that are predicted, in the order of `predicts(labels)`."""
     return labels[:, 1:][labels[:, 1:] != IGNORED]
 
@@ -34,7 +34,7 @@ def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [B,T,V], [B,T] -> []
 
     InputError if no token carries a label.
     """
-    return answer_loss(logits[predicts(labels)], targets(labels))
+    return answer_loss(logits[answer_mask(labels)], answer_labels(labels))
 
 
 def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:  # [n,V], [n] -> []
@@ -73,10 +73,10 @@ def consistency_loss(
         distance = average((h.detach() - h_perturbed).square())
         return distance / average(h.detach().square()) if norm == "relative" else distance
 
-    return torch.stack([per_layer(hidden[i - 1], perturbed[i - 1]) for i in chosen_layers(layers, len(hidden))]).mean()
+    return torch.stack([per_layer(hidden[i - 1], perturbed[i - 1]) for i in resolve_layers(layers, len(hidden))]).mean()
 
 
-def chosen_layers(layers: Collection[int] | None, count: int) -> list[int]:
+def resolve_layers(layers: Collection[int] | None, count: int) -> list[int]:
     """The block numbers to compare, in order; InputError unless they are from 1 to `count`, at least one."""
     chosen = list(range(1, count + 1)) if layers is None else sorted(set(layers))
     if not chosen or chosen[0] < 1 or chosen[-1] > count:

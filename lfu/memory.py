@@ -5,7 +5,7 @@ products, to which the perturbed pass is exact. `rematerialised` and `relative_t
 compute the inside of a block again from the state before it whenever it is needed. The operations are the same, so the
 gradients are equal bit for bit.
 
-`peak` counts what a step takes, and `expected_peak` foretells it from two much smaller steps.
+`peak` counts what a step takes, and `expected_peak` predicts it from two much smaller steps.
 
 `torch.utils.checkpoint` does not work inside `torch.func`; an `autograd.Function` of the newer form, with
 `setup_context`, does. An aside, for when a step does not fit: the way goes from `train.py` to `methods.py`.
@@ -58,13 +58,13 @@ def rematerialised(
     """`model.trunk`, whose backward pass finds only the states and computes the inside of each block again."""
     hidden = []
     for index in range(len(params.layers)):
-        leaves, run = alone(config, params, index, x, adapters, steering, product)
+        leaves, run = single_block(config, params, index, x, adapters, steering, product)
         x = Rematerialised.apply(run, *leaves)
         hidden.append(x)
     return hidden
 
 
-def alone(
+def single_block(
     config: Config,
     params: Params,
     index: int,
@@ -117,7 +117,7 @@ def block_record(
 ) -> Record:
     """What `recording` would have kept of one block, from the state before it."""
     found: Record = {}
-    leaves, run = alone(config, params, index, x, adapters, steering, recording(found))
+    leaves, run = single_block(config, params, index, x, adapters, steering, recording(found))
     run(*leaves)
     return found
 
@@ -125,7 +125,7 @@ def block_record(
 # --- how much a step takes ------------------------------------------------------------------------
 
 
-class Tally(TorchDispatchMode):
+class AllocationCounter(TorchDispatchMode):
     """After each operation, the bytes of all storages that operations made and that something still holds."""
 
     def __init__(self) -> None:
@@ -154,9 +154,9 @@ def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     return {storage._cdata: storage for storage in found}
 
 
-def moments(work: Callable[[], object]) -> list[int]:
+def allocation_history(work: Callable[[], object]) -> list[int]:
     """The bytes that the tensors made by some work take after each of its operations, on whatever device."""
-    with Tally() as tally:
+    with AllocationCounter() as tally:
         work()
     return tally.moments
 
@@ -167,7 +167,7 @@ def peak(work: Callable[[], object]) -> int:
     Temporaries inside an operation are not seen, and a C library that does not return freed memory at once holds more;
     see `docs/performance.md`.
     """
-    return max(moments(work))
+    return max(allocation_history(work))
 
 
 SMALL = (16, 48)
@@ -180,6 +180,8 @@ def expected_peak(step: Callable[[Example], object], tokens: int, share: float) 
     `step` is tried on two short rows. It does the same operations whatever the length, and what it holds at each of
     these moments grows linearly with the tokens; only which of them is the worst changes.
     """
-    short, long = (moments(partial(step, Example([0] * size, size - max(1, round(share * size)), 0))) for size in SMALL)
+    short, long = (
+        allocation_history(partial(step, Example([0] * size, size - max(1, round(share * size)), 0))) for size in SMALL
+    )
     further = (tokens - SMALL[0]) / (SMALL[1] - SMALL[0])
     return round(max(low + (high - low) * further for low, high in zip(short, long)))

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu import InputError, lora, model, spelled, steering
+from lfu import InputError, lora, model, option_name, steering
 from lfu.anchored import anchored, require_share
 from lfu.baselines import (
-    features,
+    feature_regulariser,
     gem,
     logit_divergence,
     neftune,
@@ -29,7 +29,7 @@ from lfu.baselines import (
 )
 from lfu.data import Batch, Example, collate
 from lfu.lora import Lora
-from lfu.loss import chosen_layers, require_norm
+from lfu.loss import require_norm, resolve_layers
 from lfu.model import Config, Params
 from lfu.released import released_lora, released_reps, require_rows
 from lfu.train import (
@@ -58,10 +58,10 @@ def lfu_lora(
 
     `how` are the keyword arguments of `lfu_gradient`.
     """
-    return lfu_gradient(config, base, task, fresh_like(config, base, task, generator), batch, **how)
+    return lfu_gradient(config, base, task, init_like(config, base, task, generator), batch, **how)
 
 
-def fresh_like(config: Config, base: Params, task: Lora, generator: torch.Generator) -> Lora:
+def init_like(config: Config, base: Params, task: Lora, generator: torch.Generator) -> Lora:
     """A fresh LoRA, a no-op, of the rank and targets of `task`."""
     rank, targets, stream = len(next(iter(task[0].values())).A), tuple(task[0]), model.stream_dtype(base)
     return lora.init(config, rank, generator=generator, targets=targets, dtype=stream)
@@ -86,7 +86,7 @@ def logit_consistency(
     `how` are the keyword arguments of `lfu_gradient`.
     """
     compare = partial(logit_divergence, config, base)
-    return lfu_gradient(config, base, task, fresh_like(config, base, task, generator), batch, compare=compare, **how)
+    return lfu_gradient(config, base, task, init_like(config, base, task, generator), batch, compare=compare, **how)
 
 
 METHODS = {
@@ -99,8 +99,8 @@ METHODS = {
     "gem-linear": partial(gem, weight="linear"),
     "gem-logsigmoid": partial(gem, weight="logsigmoid"),
     "sam": sam,
-    "l1": partial(features, order=1),
-    "l2": partial(features, order=2),
+    "l1": partial(feature_regulariser, order=1),
+    "l2": partial(feature_regulariser, order=2),
     "logit-consistency": logit_consistency,
     "anchored": anchored,
 }
@@ -158,7 +158,7 @@ def bind(
         raise InputError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
     given = {"alpha": alpha, "lam": lam, "beta": beta, "layers": layers, "norm": norm}
     chosen = {key: value for key, value in given.items() if value is not None}
-    if surplus := [spelled(key) for key in chosen if key not in PUBLISHED[name]]:
+    if surplus := [option_name(key) for key in chosen if key not in PUBLISHED[name]]:
         raise InputError(f"The method {name} has no {' or '.join(surplus)}; choose another method, or leave it out.")
     if remat and compile:
         raise InputError("remat and compile exclude each other: the compiler decides by itself what it keeps.")
@@ -172,15 +172,15 @@ def bind(
     if name in REQUIRED:
         REQUIRED[name](**resolved)
     if "layers" in resolved:
-        resolved["layers"] = chosen_layers(resolved["layers"], config.num_hidden_layers)
+        resolved["layers"] = resolve_layers(resolved["layers"], config.num_hidden_layers)
     if released:
-        run = surroundings(name, examples, settings or Settings())
+        run = run_context(name, examples, settings or Settings())
     else:
         run = {"remat": remat} | ({"differentiate": compiled()} if compile else {})
     return partial(METHODS[name], scale=scale, **resolved, **run), resolved
 
 
-def surroundings(name: str, examples: Sequence[Example], settings: Settings) -> dict[str, Any]:
+def run_context(name: str, examples: Sequence[Example], settings: Settings) -> dict[str, Any]:
     """What the released variants know of the run they are in."""
     require_rows(name, examples)
     if name == "released-lora":
@@ -190,7 +190,7 @@ def surroundings(name: str, examples: Sequence[Example], settings: Settings) -> 
     return {"examples": examples, **run, "state": {}}
 
 
-def tried(method: Method, config: Config, base: Params, task: Lora, row: Example) -> tuple[Lora, Metrics]:
+def probe(method: Method, config: Config, base: Params, task: Lora, row: Example) -> tuple[Lora, Metrics]:
     """One gradient of a bound method on one row, not compiled, leaving no trace in what the method carries along."""
     apart = {"examples": [row], "state": {}, "differentiate": differentiate}
     again = partial(method, **{name: value for name, value in apart.items() if name in method.keywords})

@@ -3,7 +3,7 @@
     embed -> block, block, ... -> unembed
 
 `block` is the whole architecture. What the method needs enters it at two points only: every linear layer goes through
-`linear`, where LoRA adds its low-rank term, and `trunk` adds the steering vector behind each block, where the
+`linear`, where LoRA adds its low-rank term, and `trunk` adds the steering vector after each block, where the
 representation h_l of Eqs. 3 and 4 is taken. Parameters are never changed.
 
 Shapes: B batch, T time, D model, H query heads, G key/value heads, h head size, F feed-forward, V vocabulary, K layers,
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lfu import InputError
-from lfu.checkpoint import local_folder, read_settings, read_tensors, stored_dtype
+from lfu.checkpoint import parse_config, read_tensors, resolve_model, stored_dtype
 
 if TYPE_CHECKING:
     from lfu.lora import Adapter
@@ -84,14 +84,14 @@ class Params(NamedTuple):
 
 
 class Steering(NamedTuple):
-    """Vectors to add behind each block, at the positions of the mask."""
+    """Vectors to add after each block, at the positions of the mask."""
 
     vectors: Tensor  # [K, D]
     mask: Tensor  # [B, T] bool
 
 
 class Cache(NamedTuple):
-    """The keys and values of the tokens decoded so far: `lengths[b]` in row b; what lies behind is never seen."""
+    """The keys and values of the tokens decoded so far: `lengths[b]` in row b; what lies after is never seen."""
 
     keys: list[Tensor]  # K of [B, G, capacity, h]
     values: list[Tensor]  # K of [B, G, capacity, h]
@@ -114,14 +114,14 @@ def stream_dtype(params: Params) -> torch.dtype:
 # --- the forward pass -----------------------------------------------------------------------------
 
 
-def frozen(x: Tensor, W: Tensor) -> Tensor:  # [...,in], [out,in] -> [...,out]
+def frozen_linear(x: Tensor, W: Tensor) -> Tensor:  # [...,in], [out,in] -> [...,out]
     """W x in the dtype of W, cast to the dtype of x at once."""
     return F.linear(x.to(W.dtype), W).to(x.dtype)
 
 
 def base_product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
     """The plain frozen product: it needs neither the layer's number nor its name."""
-    return frozen(x, W)
+    return frozen_linear(x, W)
 
 
 def forward(
@@ -150,14 +150,14 @@ def trunk(
     steering: Steering | None = None,
     product: Product = base_product,
 ) -> list[Tensor]:  # [B,T,D] -> K x [B,T,D]
-    """The residual stream behind each block, before the final norm: M^(l) of Eqs. 3 and 4, l = 1..K."""
+    """The residual stream after each block, before the final norm: M^(l) of Eqs. 3 and 4, l = 1..K."""
     rotary = rotary_tables(config, torch.arange(x.shape[1], device=x.device), x.dtype)
     attend = causal_attention(config, x.shape[1], x.device)
     hidden = []
     for index, layer in enumerate(params.layers):
         # The loss uses h_l beside the next block. Through a view, what flows back from the block is summed first, as in
         # `memory.rematerialised`: so recomputing changes no bit.
-        x = block(config, layer, x.view_as(x), rotary, adapted(layer, index, adapters, product), attend)
+        x = block(config, layer, x.view_as(x), rotary, linear_with_adapters(layer, index, adapters, product), attend)
         if steering is not None:
             x = x + steering.mask[..., None] * steering.vectors[index]
         hidden.append(x)
@@ -166,7 +166,7 @@ def trunk(
 
 def unembed(config: Config, params: Params, h: Tensor) -> Tensor:  # [...,D] -> [...,V]
     """Final norm and output layer, in the stream dtype."""
-    return frozen(rms_norm(h, params.norm, config.rms_norm_eps), params.lm_head)
+    return frozen_linear(rms_norm(h, params.norm, config.rms_norm_eps), params.lm_head)
 
 
 def block(
@@ -183,7 +183,7 @@ def block(
     return x + linear("down_proj", F.silu(linear("gate_proj", z)) * linear("up_proj", z))
 
 
-def adapted(layer: Layer, index: int, adapters: Sequence["Adapter"], product: Product) -> Linear:
+def linear_with_adapters(layer: Layer, index: int, adapters: Sequence["Adapter"], product: Product) -> Linear:
     """The linear layers of one block: W x + Σ s·B A x. The one place where LoRA enters."""
 
     def linear(name: str, x: Tensor) -> Tensor:  # [...,in] -> [...,out]
@@ -212,7 +212,7 @@ def causal_attention(config: Config, length: int, device: torch.device) -> Atten
     """Attention over one whole sequence. Grouped queries: query head i reads key/value head i // (H/G)."""
     positions = torch.arange(length, device=device)
     window = config.sliding_window if config.sliding_window and config.sliding_window < length else None
-    mask = visible(positions, positions, window) if window else None
+    mask = attention_mask(positions, positions, window) if window else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Expanded, because CUDA's memory-efficient kernel, the one for float32, does not take grouped heads.
@@ -222,10 +222,10 @@ def causal_attention(config: Config, length: int, device: torch.device) -> Atten
     return attend
 
 
-def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:  # [...,T], [S] -> [...,T,S] bool
+def attention_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:  # [...,T], [S] -> [...,T,S] bool
     """Which key positions a query position sees: none ahead, and with a window the last `window`, itself included."""
-    behind = queries[..., None] - keys
-    return (behind >= 0) & (behind < window) if window else behind >= 0
+    distance = queries[..., None] - keys
+    return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 # --- how the perturbed pass keeps its precision ---------------------------------------------------
@@ -307,7 +307,7 @@ def empty_cache(config: Config, params: Params, batch: int, capacity: int) -> Ca
 def decode(
     config: Config, params: Params, tokens: Tensor, counts: Tensor, cache: Cache, adapters: Sequence["Adapter"] = ()
 ) -> tuple[Tensor, Cache]:  # [B,T], [B] -> [B,V]
-    """Feed the first counts[b] tokens of each right-padded row; logits behind the last of them, and the longer cache.
+    """Feed the first counts[b] tokens of each right-padded row; logits after the last of them, and the longer cache.
 
     A row's tokens stand at positions lengths[b] onward, in the cache slots of the same numbers, so rows of unequal
     length need no left padding: filler lands in slots that no query sees before real tokens overwrite them. The slots
@@ -318,7 +318,9 @@ def decode(
     end = int(positions.max()) + 1
     if end > cache.keys[0].shape[2]:
         raise InputError(f"The cache has room for {cache.keys[0].shape[2]} tokens a row; {end} are needed.")
-    mask = visible(positions, torch.arange(end, device=tokens.device), config.sliding_window)[:, None]  # [B,1,T,end]
+    mask = attention_mask(positions, torch.arange(end, device=tokens.device), config.sliding_window)[
+        :, None
+    ]  # [B,1,T,end]
     # The query heads of a group stand one after the other as further queries: expanding the keys as above would copy
     # the whole cache for every token.
     mask = mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)  # [B,1,(H/G)*T,end]
@@ -338,7 +340,7 @@ def decode(
     cos, sin = rotary_tables(config, positions, x.dtype)
     rotary = cos[:, None], sin[:, None]  # [B,1,T,h]
     for index, layer in enumerate(params.layers):
-        linear = adapted(layer, index, adapters, base_product)
+        linear = linear_with_adapters(layer, index, adapters, base_product)
         x = block(config, layer, x, rotary, linear, attend_through(cache.keys[index], cache.values[index]))
     last = x[rows[:, 0], counts - 1]  # [B,D]
     return unembed(config, params, last), cache._replace(lengths=cache.lengths + counts)
@@ -366,7 +368,7 @@ def load(
     are views of the memory-mapped file (CPU) or go straight to the device. InputError names whatever is missing,
     unexpected, mis-shaped or not supported.
     """
-    folder = local_folder(path)
+    folder = resolve_model(path)
     config = read_config(folder / "config.json")
     optional = ["lm_head.weight"] if config.tie_word_embeddings else []
     shapes = tensor_shapes(config)
@@ -384,8 +386,8 @@ def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
 
 
 def read_config(path: Path) -> Config:
-    """config.json -> Config; InputError for what this decoder cannot compute (see `checkpoint.read_settings`)."""
-    settings = read_settings(path)
+    """config.json -> Config; InputError for what this decoder cannot compute (see `checkpoint.parse_config`)."""
+    settings = parse_config(path)
     scaling = settings.pop("rope_scaling")
     return Config(**settings, rope_scaling=Llama3Scaling(**scaling) if scaling else None)
 

@@ -10,7 +10,7 @@ The published numbers come from that code, so its two trainers are methods here,
 
 Both compare K+1 states, at the positions of the answer's own tokens. `docs/paper-and-code.md` measures what each of
 these differences does to the gradient, and says what of the released code is not reproduced. An aside, the last
-one behind `methods.py`. Facts: `train/sft/trainer.py` and `run_*.sh` in the authors' repository.
+one after `methods.py`. Facts: `train/sft/trainer.py` and `run_*.sh` in the authors' repository.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ from lfu.model import (
     Config,
     Params,
     Product,
-    adapted,
     base_product,
     embed,
     forward,
+    linear_with_adapters,
     recording,
     relative_to,
     rms_norm,
@@ -107,7 +107,7 @@ def released_reps(
         state |= new_state(config, generator, x.dtype)
 
     def reversed_loss(vectors: Tensor) -> tuple[Tensor, Any]:
-        product = turning(base, task, scale, vectors, alpha)
+        product = steered_mlp_product(base, task, scale, vectors, alpha)
         logits, hidden = forward(config, base, other.tokens, product=product)
         return sft_loss(logits, other.labels), states(config, base, x_other, hidden)
 
@@ -118,9 +118,9 @@ def released_reps(
         return sft + lam * cons, {"sft": sft, "consistency": cons}
 
     (ascent,), _, steered = differentiate(reversed_loss, state["vectors"])
-    undesirable = [stretched(h, batch.tokens.shape[1]) for h in steered]
+    undesirable = [match_length(h, batch.tokens.shape[1]) for h in steered]
     (gradient,), _, metrics = differentiate(objective, task)
-    raise_loss(state, ascent, learning_rate, micro_batches)
+    update_vectors(state, ascent, learning_rate, micro_batches)
     return gradient, metrics | {"ascent_norm": global_norm(ascent)}
 
 
@@ -134,19 +134,19 @@ def second_batch(examples: Sequence[Example], batch: Batch, generator: torch.Gen
 
 
 def states(config: Config, base: Params, x: Tensor, hidden: list[Tensor]) -> list[Tensor]:  # -> K+1 x [B,T,D]
-    """What transformers calls hidden states: the embeddings, then h_1 .. h_{K-1}, then h_K behind the final norm."""
+    """What transformers calls hidden states: the embeddings, then h_1 .. h_{K-1}, then h_K after the final norm."""
     return [x, *hidden[:-1], rms_norm(hidden[-1], base.norm, config.rms_norm_eps)]
 
 
 # --- the steering of the released RepS ------------------------------------------------------------
 
 
-def turning(base: Params, task: Lora, scale: float, vectors: Tensor, alpha: float) -> Product:
+def steered_mlp_product(base: Params, task: Lora, scale: float, vectors: Tensor, alpha: float) -> Product:
     """Linear layers with the task LoRA, where the output m of each MLP, at every position, is turned towards v_l:
     m ← ‖m‖·normalize(normalize(m) + α·normalize(v_l))."""
 
     def product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
-        y = adapted(base.layers[layer], layer, [(task, scale)], base_product)(name, x)
+        y = linear_with_adapters(base.layers[layer], layer, [(task, scale)], base_product)(name, x)
         if name != "down_proj":
             return y
         direction = F.normalize(y, dim=-1) + alpha * F.normalize(vectors[layer], dim=-1)
@@ -155,7 +155,7 @@ def turning(base: Params, task: Lora, scale: float, vectors: Tensor, alpha: floa
     return product
 
 
-def stretched(h: Tensor, length: int) -> Tensor:  # [B,S,D] -> [B,T,D]
+def match_length(h: Tensor, length: int) -> Tensor:  # [B,S,D] -> [B,T,D]
     """States of another batch as counterparts: position by position if it is as long, else the last one everywhere."""
     return h if h.shape[1] == length else h[:, -1:].expand(-1, length, -1)
 
@@ -167,8 +167,8 @@ def padded(batch: Batch) -> Batch:  # [B,T] -> [B,T'], T' a multiple of 8
     # EOS is the last label of a row, and padding is all that follows it.
     last = torch.arange(tokens.shape[1], device=tokens.device).mul(labels != IGNORED).argmax(dim=1)
     eos = tokens[torch.arange(len(tokens), device=tokens.device), last]
-    behind = torch.arange(tokens.shape[1], device=tokens.device) > last[:, None]
-    return Batch(torch.where(behind, eos[:, None], tokens), labels)
+    after_last = torch.arange(tokens.shape[1], device=tokens.device) > last[:, None]
+    return Batch(torch.where(after_last, eos[:, None], tokens), labels)
 
 
 def new_state(config: Config, generator: torch.Generator, dtype: torch.dtype) -> State:
@@ -180,8 +180,8 @@ def new_state(config: Config, generator: torch.Generator, dtype: torch.dtype) ->
     return {"vectors": vectors, **moments, **counters}
 
 
-def raise_loss(state: State, ascent: Tensor, learning_rate: float, micro_batches: int) -> None:
-    """Every `micro_batches` calls, Adam moves the vectors so that the loss behind `ascent` rises; in place."""
+def update_vectors(state: State, ascent: Tensor, learning_rate: float, micro_batches: int) -> None:
+    """Every `micro_batches` calls, Adam moves the vectors so that the loss after `ascent` rises; in place."""
     state["calls"] += 1
     if state["calls"] % micro_batches:
         return

@@ -1,8 +1,8 @@
 """Representation steering: one vector per block, added to the residual stream (Algorithm 2, h'_l = h_l + d_l).
 
 As LoRA perturbs weights, steering perturbs representations. The vectors are the whole auxiliary component; where they
-are added is a constant: the positions that predict the answer, `loss.predicts(labels)`. The addition itself is one line
-of `model.trunk`. Read next: `loss.py`.
+are added is a constant: the positions that predict the answer, `loss.answer_mask(labels)`. The addition itself is one
+line of `model.trunk`. Read next: `loss.py`.
 """
 
 import torch

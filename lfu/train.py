@@ -22,10 +22,10 @@ from torch import Tensor, distributed
 from torch.func import grad_and_value, vjp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lfu import InputError, spelled
+from lfu import InputError, option_name
 from lfu.data import Batch, Example, collate, shuffled, split_by_length
 from lfu.lora import Adapter, Lora, stack
-from lfu.loss import answer_loss, consistency_loss, predicts, targets
+from lfu.loss import answer_labels, answer_loss, answer_mask, consistency_loss
 from lfu.memory import relative_to_states, rematerialised
 from lfu.model import Config, Params, Steering, base_product, embed, recording, relative_to, trunk, unembed
 
@@ -67,12 +67,16 @@ def sft_gradient(
 
     `remat` and `differentiate` as in `lfu_gradient`. InputError if no token of the batch carries a label.
     """
-    through = rematerialised if remat else trunk
-    x, places, answers = embed(base, batch.tokens), predicts(batch.labels).nonzero(as_tuple=True), targets(batch.labels)
+    run_trunk = rematerialised if remat else trunk
+    x, positions, answers = (
+        embed(base, batch.tokens),
+        answer_mask(batch.labels).nonzero(as_tuple=True),
+        answer_labels(batch.labels),
+    )
 
     def objective(task: Lora) -> tuple[Tensor, Any]:
-        hidden = through(config, base, x, [(task, scale)])
-        logits = unembed(config, base, hidden[-1][places])  # [n,V]
+        hidden = run_trunk(config, base, x, [(task, scale)])
+        logits = unembed(config, base, hidden[-1][positions])  # [n,V]
         return answer_loss(logits, answers), ()
 
     (gradient,), sft, _ = differentiate(objective, task)
@@ -106,9 +110,9 @@ def lfu_gradient(
     """
     require_no_op(aux)
     require_not_negative(alpha=alpha, lam=lam)
-    through = rematerialised if remat else trunk
-    x, mask, answers = embed(base, batch.tokens), predicts(batch.labels), targets(batch.labels)
-    places = mask.nonzero(as_tuple=True)
+    run_trunk = rematerialised if remat else trunk
+    x, mask, answers = embed(base, batch.tokens), answer_mask(batch.labels), answer_labels(batch.labels)
+    positions = mask.nonzero(as_tuple=True)
 
     def with_aux(task: Lora, aux: Aux) -> tuple[list[Adapter], Steering | None]:
         if isinstance(aux, Tensor):
@@ -117,17 +121,19 @@ def lfu_gradient(
 
     def objective(task: Lora, aux: Aux) -> tuple[Tensor, Any]:  # Eq. 1, at θ and θ_aux at once
         record = {}
-        hidden = through(config, base, x, *with_aux(task, aux), base_product if remat else recording(record))
-        logits = unembed(config, base, hidden[-1][places])  # [n,V]
+        hidden = run_trunk(config, base, x, *with_aux(task, aux), base_product if remat else recording(record))
+        logits = unembed(config, base, hidden[-1][positions])  # [n,V]
         return answer_loss(logits, answers), (hidden, record)
 
-    def consistency(task: Lora) -> tuple[Tensor, Any]:  # Eqs. 3-5; called below, once undesirable, exact, hidden exist
-        perturbed = through(config, base, x, *with_aux(task, undesirable), exact)
+    def consistency(
+        task: Lora,
+    ) -> tuple[Tensor, Any]:  # Eqs. 3-5; called below, once undesirable, exact_product, hidden exist
+        perturbed = run_trunk(config, base, x, *with_aux(task, undesirable), exact_product)
         return compare(hidden, perturbed, mask, layers=layers, norm=norm), ()
 
     (g_task, g_aux), sft, (hidden, record) = differentiate(objective, task, aux)
     undesirable = ascend(aux, g_aux, alpha)  # Eq. 2
-    exact = relative_to_states(config, base, x, hidden, *with_aux(task, aux)) if remat else relative_to(record)
+    exact_product = relative_to_states(config, base, x, hidden, *with_aux(task, aux)) if remat else relative_to(record)
     (g_cons,), cons, _ = differentiate(consistency, task)
     gradient = tree_map(lambda g, c: g + lam * c, g_task, g_cons)  # Eq. 6
     return gradient, {"sft": sft, "consistency": cons, "ascent_norm": global_norm(g_aux)}
@@ -175,7 +181,7 @@ def require_not_negative(**values: float) -> None:
     """InputError unless each value is finite and at least 0."""
     for name, value in values.items():
         if not 0 <= value < math.inf:
-            raise InputError(f"{spelled(name)} must be at least 0 and finite, not {value}.")
+            raise InputError(f"{option_name(name)} must be at least 0 and finite, not {value}.")
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -194,11 +200,11 @@ class Settings(NamedTuple):
     seed: int = 42
 
 
-def require_usable(settings: Settings) -> None:
+def validate_settings(settings: Settings) -> None:
     """InputError for settings that no run can have."""
     for name in ("epochs", "batch_size", "micro_batch_size", "max_grad_norm"):
         if not getattr(settings, name) > 0:
-            raise InputError(f"{spelled(name)} must be more than 0, not {getattr(settings, name)}.")
+            raise InputError(f"{option_name(name)} must be more than 0, not {getattr(settings, name)}.")
     require_not_negative(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
     if not 0 <= settings.seed < 2**64:
         raise InputError(f"seed must be from 0 to 2**64 - 1, not {settings.seed}.")
@@ -214,9 +220,9 @@ def train(
     examples: Sequence[Example],
     method: Method,
     settings: Settings,
-    first: int = 0,
+    start_step: int = 0,
 ) -> Iterator[dict[str, float]]:
-    """Algorithms 1 and 2, from step `first` to the last: after each optimizer step, yields that step's metrics.
+    """Algorithms 1 and 2, from step `start_step` to the last: after each optimizer step, yields that step's metrics.
 
     These are step and epoch (from 1), tokens (prompts included), sft (nats per token), gradient_norm (before clipping),
     learning_rate, and what else the method reports: for LfU, consistency and ascent_norm.
@@ -227,11 +233,11 @@ def train(
     a step: FloatingPointError if a loss or gradient is not finite and MemoryError if a batch does not fit, both naming
     step and rows; ConnectionError if another process of the run is gone.
     """
-    require_usable(settings)
+    validate_settings(settings)
     if not examples:
         raise InputError("There are no rows to train on.")
     steps = total_steps(len(examples), settings)
-    for step in range(first, steps):
+    for step in range(start_step, steps):
         epoch, rows = rows_of_step(len(examples), settings, step)
         chosen = [examples[row] for row in rows]
         gradient, metrics = step_gradient(config, base, task, chosen, method, settings, step)
@@ -254,24 +260,24 @@ def step_gradient(
 
     Where several processes train together, each computes some of the micro-batches, and all return the whole sum.
     """
-    device, total = base.embed.device, sum(example.supervised for example in examples)
+    device, total = base.embed.device, sum(example.num_loss_tokens for example in examples)
     gradient, metrics = tree_map(torch.zeros_like, task), {}
-    number, processes = process()
+    number, processes = rank_and_world_size()
     for index, micro_batch in enumerate(split_by_length(examples, settings.micro_batch_size)):
         if index % processes != number:
             continue
         generator = generator_for(settings, step, index, device)
-        with told_where(step, micro_batch):
+        with out_of_memory_at(step, micro_batch):
             part, values = method(config, base, task, collate(micro_batch, device), generator)
         require_finite(part, values, step, micro_batch)
-        weight = sum(example.supervised for example in micro_batch) / total
+        weight = sum(example.num_loss_tokens for example in micro_batch) / total
         gradient = tree_map(partial(torch.add, alpha=weight), gradient, part)
         metrics = {name: metrics.get(name, 0.0) + weight * float(value) for name, value in values.items()}
-    return summed(gradient, metrics) if processes > 1 else (gradient, metrics)
+    return all_reduce(gradient, metrics) if processes > 1 else (gradient, metrics)
 
 
 @contextmanager
-def told_where(step: int, micro_batch: Sequence[Example]) -> Iterator[None]:
+def out_of_memory_at(step: int, micro_batch: Sequence[Example]) -> Iterator[None]:
     """MemoryError, naming the batch, where the device has no room for it."""
     try:
         yield
@@ -281,7 +287,7 @@ def told_where(step: int, micro_batch: Sequence[Example]) -> Iterator[None]:
         rows, length = len(micro_batch), max(len(example.tokens) for example in micro_batch)
         raise MemoryError(
             f"Step {step + 1}: out of memory in a batch of {rows} x {length} tokens, the rows of lines "
-            f"{[example.row for example in micro_batch]}."
+            f"{[example.line_number for example in micro_batch]}."
         ) from error
 
 
@@ -290,23 +296,23 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def process() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """The number of this process and how many train together: (0, 1) unless `torch.distributed` says otherwise."""
     together = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
 
-def summed(gradient: Lora, metrics: dict[str, float]) -> tuple[Lora, dict[str, float]]:
+def all_reduce(gradient: Lora, metrics: dict[str, float]) -> tuple[Lora, dict[str, float]]:
     """Both added up over all processes; ConnectionError if one of them is gone."""
     leaves, structure = tree_flatten(gradient)
     whole = torch.cat([leaf.flatten() for leaf in leaves])
-    all_metrics: list[dict[str, float]] = [{} for _ in range(process()[1])]
+    all_metrics: list[dict[str, float]] = [{} for _ in range(rank_and_world_size()[1])]
     try:
         distributed.all_reduce(whole)
         distributed.all_gather_object(all_metrics, metrics)
     except RuntimeError as error:
         raise ConnectionError(
-            "Another process of this run is gone; if it said why, mend that. Continue with --resume."
+            "Another process of this run is gone; check its output and fix the cause. Then continue with --resume."
         ) from error
     parts = whole.split([leaf.numel() for leaf in leaves])
     gradient = tree_unflatten([part.view_as(leaf) for part, leaf in zip(parts, leaves)], structure)
@@ -372,6 +378,6 @@ def require_finite(gradient: Lora, metrics: Metrics, step: int, micro_batch: Seq
         values = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
         raise FloatingPointError(
             f"Step {step + 1}: the loss or its gradient is not finite ({values}) for the rows of lines "
-            f"{[example.row for example in micro_batch]}. No update was made. Lower the learning rate, α or λ, or use "
-            "float32."
+            f"{[example.line_number for example in micro_batch]}. No update was made. Lower the learning rate, "
+            "α or λ, or use float32."
         )

@@ -77,10 +77,10 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[int]], list[Se
     """The prompts that generation is given from now on, and at each call the strings that it is to stop at."""
     prompts, stops, generate = [], [], generating.generate
 
-    def noting(config: Any, base: Any, codec: Any, asked: list[list[int]], *rest: Any, **options: Any) -> Any:
+    def noting(config: Any, base: Any, tokenizer: Any, asked: list[list[int]], *rest: Any, **options: Any) -> Any:
         prompts.extend(asked)
         stops.append(options["stop"])
-        return generate(config, base, codec, asked, *rest, **options)
+        return generate(config, base, tokenizer, asked, *rest, **options)
 
     monkeypatch.setattr(generating, "generate", noting)
     return prompts, stops

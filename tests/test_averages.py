@@ -133,7 +133,7 @@ def test_a_run_does_not_resume_from_another_adapter(
 ) -> None:
     out = trained(data, tmp_path / "run", adapter=run / "adapter")
     assert lfu("train", **settings(data) | {"out": out, "resume": True}) == 2
-    assert "the adapter to go on from is another" in refusal(capsys)
+    assert "the adapter to continue from differs" in refusal(capsys)
 
 
 def test_merge_refuses_a_weight_that_is_no_share(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

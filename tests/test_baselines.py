@@ -24,7 +24,7 @@ from lfu.anchored import anchor_divergence
 from lfu.baselines import ema, ensemble, feature_penalty, gem_loss, lengths, logit_divergence, uniform_noise
 from lfu.data import Batch, Example, collate
 from lfu.lora import LowRank, merge
-from lfu.loss import IGNORED, predicts
+from lfu.loss import IGNORED, answer_mask
 from lfu.methods import METHODS, PUBLISHED, bind
 from lfu.model import forward
 from lfu.train import lfu_gradient, sft_gradient
@@ -34,7 +34,7 @@ ROUNDED = 1e-6
 """Relative error of float32 numbers computed in another order. Measured: 5e-8."""
 BASELINES = [name for name in METHODS if not name.startswith(("sft", "lfu", "released"))]
 Terms = list[tuple[list[Tensor], Tensor, Tensor]]
-"""For each answer token: the states behind each block [D], the logits [V] that predict it, and its id."""
+"""For each answer token: the states after each block [D], the logits [V] that predict it, and its id."""
 
 
 def gradient(name: str, given: Case, **changed: Any) -> Tensor:
@@ -481,7 +481,7 @@ def test_what_a_method_cannot_use_is_refused(name: str, given: dict[str, Any], m
 def test_a_penalty_reads_no_states_but_the_masked_ones() -> None:
     given = case()
     hidden = forward(given.config, given.base, given.batch.tokens)[1]
-    mask = predicts(given.batch.labels)
+    mask = answer_mask(given.batch.labels)
     whole = feature_penalty(hidden, mask, order=2, norm="sum")
     elsewhere = [torch.where(mask[..., None], h, 7.0) for h in hidden]
     assert torch.equal(feature_penalty(elsewhere, mask, order=2, norm="sum"), whole)

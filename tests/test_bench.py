@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lfu import bench
 from lfu.cli import main
-from lfu.data import load_codec
+from lfu.data import load_tokenizer
 from lfu.model import load
 from lfu.train import lfu_gradient
 
@@ -89,9 +89,9 @@ def test_the_command_prints_every_contestant(capsys: pytest.CaptureFixture[str])
 
 def test_all_decode_equally_many_tokens() -> None:
     config, base = load(MINI)
-    codec, peers = load_codec(MINI, config.vocab_size), bench.load_peers(MINI, base, 4)
+    tokenizer, peers = load_tokenizer(MINI, config.vocab_size), bench.load_peers(MINI, base, 4)
     prompts = [[5, 6, 7], [8, 9]]
-    works = bench.decoding_works(config, base, codec, peers, prompts, rank=4, new_tokens=30)
+    works = bench.decoding_works(config, base, tokenizer, peers, prompts, rank=4, new_tokens=30)
     for name in ("lfu", "lfu, with LoRA"):
         assert [len(completion.tokens) for _, completion in works[name]()] == [30, 30]
     for name in ("transformers", "transformers + peft"):

@@ -31,8 +31,8 @@ from torch import Tensor
 from lfu import InputError, __version__, checkpoint, cli, lora, methods
 from lfu import generate as generating
 from lfu.cli import DistillOptions, EvalOptions, GenerateOptions, MergeOptions, TrainOptions, main, parser
-from lfu.data import Format, encode_row, load_codec, prompt_ids, read_rows
-from lfu.distill import distilled
+from lfu.data import Format, encode_row, load_tokenizer, prompt_ids, read_rows
+from lfu.distill import rewrite_answers
 from lfu.evaluate import answer_nll, draw_shots, harness_prompt
 from lfu.memory import peak
 from lfu.model import forward, load, read_config
@@ -52,8 +52,8 @@ REQUIRED: dict[str, dict[str, str]] = {
 
 
 def tokens_of(*texts: str) -> Tensor:
-    codec = load_codec(MINI, 1024)
-    return torch.tensor([codec.tokenizer.encode(text).ids for text in texts])
+    tokenizer = load_tokenizer(MINI, 1024)
+    return torch.tensor([tokenizer.backend.encode(text).ids for text in texts])
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def adapter(run: Path) -> Path:
 
 
 def test_no_verb_is_left_out_here() -> None:
-    assert REQUIRED.keys() == cli.VERBS.keys()
+    assert REQUIRED.keys() == cli.COMMANDS.keys()
 
 
 @pytest.mark.parametrize("verb", REQUIRED)
@@ -92,7 +92,7 @@ def test_help_explains_every_option(
         main([verb, "--help"])
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for each in fields(cli.VERBS[verb][0]):
+    for each in fields(cli.COMMANDS[verb][0]):
         (action,) = (action for action in subcommands()[verb]._actions if action.dest == each.name)
         assert len(each.metadata["help"].split()) > 1
         assert action.option_strings[0] in shown
@@ -103,7 +103,7 @@ def test_help_explains_every_option(
 
 @pytest.mark.parametrize("verb", REQUIRED)
 def test_the_command_line_is_the_options_object(verb: str) -> None:
-    kind = cli.VERBS[verb][0]
+    kind = cli.COMMANDS[verb][0]
     parsed = vars(parser().parse_args([verb, *flags(**REQUIRED[verb])]))
     assert parsed.pop("verb") == verb
     assert kind(**parsed) == kind(**REQUIRED[verb])
@@ -123,7 +123,7 @@ def test_the_defaults_are_those_of_the_functions() -> None:
     options = TrainOptions(**REQUIRED["train"])
     assert Settings(**{name: getattr(options, name) for name in Settings._fields}) == Settings()
     assert Format(options.template, options.bos, options.loss_on) == Format()
-    drawn, functions = DistillOptions(**REQUIRED["distill"]), signature(distilled).parameters
+    drawn, functions = DistillOptions(**REQUIRED["distill"]), signature(rewrite_answers).parameters
     shared = [name for name, each in functions.items() if each.default is not Parameter.empty]
     assert {name: getattr(drawn, name) for name in shared} == {name: functions[name].default for name in shared}
     assert shared == ["temperature", "top_k", "top_p", "max_new_tokens", "batch_size"]
@@ -429,14 +429,14 @@ def test_the_prompt_is_the_adapters_own_unless_given(
     asked, stops = asked_for(monkeypatch)
     data = write_rows(tmp_path / "test.jsonl", sums(3))
     own = {"model": str(MINI), "adapter": str(adapter), "max_new_tokens": 2, **given}
-    codec = load_codec(MINI, 1024)
+    tokenizer = load_tokenizer(MINI, 1024)
     cli.generate(GenerateOptions(**own, question=QUESTION))
-    assert asked == [prompt_ids(codec, format, QUESTION)]
+    assert asked == [prompt_ids(tokenizer, format, QUESTION)]
     cli.evaluate(EvalOptions(**own, data=str(data), nll=False))
-    assert asked[1:] == [prompt_ids(codec, format, row["question"]) for row in sums(3)]
+    assert asked[1:] == [prompt_ids(tokenizer, format, row["question"]) for row in sums(3)]
     assert stops == [STOPS[format.template]] * 2
     config, base = load(MINI)
-    examples = [encode_row(codec, format, row) for row in read_rows(data)]
+    examples = [encode_row(tokenizer, format, row) for row in read_rows(data)]
     expected = answer_nll(config, base, examples, [lora.load(adapter, config)])
     found = cli.evaluate(EvalOptions(**own, data=str(data), generate=False))["nll"]
     assert (found.mean, found.n) == (pytest.approx(expected.mean, rel=1e-6), expected.n)
@@ -450,8 +450,8 @@ def test_the_harness_prompt_with_worked_examples(
     pool = write_rows(tmp_path / "train.jsonl", sums(6))
     given = {"data": data, "prompt": "harness", "shots": 2, "shots_data": pool, "seed": 7, "max_new_tokens": 2}
     assert lfu("eval", model=MINI, nll=False, **given) == 0
-    codec, shots = load_codec(MINI, 1024), read_rows(pool)
-    assert asked == [harness_prompt(codec, row, draw_shots(shots, 2, 7, row)) for row in read_rows(data)]
+    tokenizer, shots = load_tokenizer(MINI, 1024), read_rows(pool)
+    assert asked == [harness_prompt(tokenizer, row, draw_shots(shots, 2, 7, row)) for row in read_rows(data)]
     assert stops == [("Question:", "</s>", "<|im_end|>")]
     assert "(n = 3; harness prompt, 2-shot, greedy, at most 2 new tokens)" in capsys.readouterr().out
 
@@ -710,7 +710,7 @@ def test_out_of_memory_while_decoding_names_what_helps_there(
 def test_what_was_measured_is_printed_at_once(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Here generation fails behind the likelihood."""
+    """Here generation fails after the likelihood."""
 
     def interrupted(*given: Any, **named: Any) -> Any:
         raise KeyboardInterrupt
@@ -799,7 +799,7 @@ def test_what_is_not_finite_ends_the_run_at_its_last_good_step(
     def poisoned(*arguments: Any, **bound: Any) -> Any:
         gradient, metrics = sft(*arguments, **bound)
         calls.append(arguments)
-        if len(calls) == 8:  # the second micro-batch of the third step, after two calls that foretell the memory
+        if len(calls) == 8:  # the second micro-batch of the third step, after two calls that predict the memory
             metrics = {"sft": metrics["sft"] * math.nan} if where == "loss" else metrics
             gradient[0]["q_proj"].B.mul_(math.inf if where == "gradient" else 1.0)
         return gradient, metrics
@@ -812,7 +812,7 @@ def test_what_is_not_finite_ends_the_run_at_its_last_good_step(
         r"Step 3: the loss or its gradient is not finite \(sft \S+\) for the rows of lines (\[.*?\])\.", sentence
     )
     assert lines is not None
-    shown = load_codec(MINI, 1024).tokenizer.decode_batch(calls[7][3].tokens.tolist())
+    shown = load_tokenizer(MINI, 1024).backend.decode_batch(calls[7][3].tokens.tolist())
     rows = json.loads(lines[1])
     assert len(rows) == 2
     assert all(f"Compute {row}+{row}." in text for row, text in zip(rows, shown, strict=True))
@@ -860,7 +860,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 ) -> None:  # fmt: skip
     """The disk is full, by the library's word or by the system's, when the second checkpoint is written."""
     options = {"model": MINI, "data": data, "method": "sft", "batch_size": 4, "save_every": 1, "epochs": 1}
-    out, keep_last = tmp_path / "run", checkpoint.keep_last
+    out, keep_last = tmp_path / "run", checkpoint.prune_checkpoints
     before: dict[str, bytes] = {}
 
     def after_the_first(run: Path, count: int) -> None:
@@ -874,7 +874,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     def refuse(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(checkpoint, "keep_last", after_the_first)
+    monkeypatch.setattr(checkpoint, "prune_checkpoints", after_the_first)
     with ExitStack() as limit:
         status = lfu("train", out=out, **options)
     assert status == 2

@@ -16,15 +16,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lfu.data import (
     TEMPLATES,
-    Codec,
     Example,
     Format,
+    ModelTokenizer,
     Row,
     bos_ids,
     collate,
     encode_row,
     encode_rows,
-    load_codec,
+    load_tokenizer,
     prompt_ids,
     read_rows,
     shuffled,
@@ -54,7 +54,7 @@ GSM8K = (
 )
 
 
-def tokenizer(*, bos: bool) -> Tokenizer:
+def small_tokenizer(*, bos: bool) -> Tokenizer:
     """One token a byte, the merges a+b, newline+newline, newlines+#, :+newline, and <s> in front where `bos` is set."""
     merges = [("a", "b"), ("Ċ", "Ċ"), ("ĊĊ", "#"), (":", "Ċ")]
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
@@ -68,35 +68,35 @@ def tokenizer(*, bos: bool) -> Tokenizer:
     return made
 
 
-VOCABULARY = tokenizer(bos=True).get_vocab_size()
-EOS, END = (tokenizer(bos=True).token_to_id(token) for token in ("</s>", "<end>"))
+VOCABULARY = small_tokenizer(bos=True).get_vocab_size()
+EOS, END = (small_tokenizer(bos=True).token_to_id(token) for token in ("</s>", "<end>"))
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Callable[..., Codec]:
+def load(tmp_path: Path) -> Callable[..., ModelTokenizer]:
     """Write a tokenizer and the given JSON files to a folder, and load them."""
 
-    def load(bos: bool = True, made: Tokenizer | None = None, size: int = VOCABULARY, **files: Any) -> Codec:
-        (made or tokenizer(bos=bos)).save(str(tmp_path / "tokenizer.json"))
+    def load(bos: bool = True, made: Tokenizer | None = None, size: int = VOCABULARY, **files: Any) -> ModelTokenizer:
+        (made or small_tokenizer(bos=bos)).save(str(tmp_path / "tokenizer.json"))
         for name, content in (files or {"tokenizer_config": {"eos_token": "</s>"}}).items():
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
-        return load_codec(tmp_path, size)
+        return load_tokenizer(tmp_path, size)
 
     return load
 
 
-def codec_with(*, bos: bool = True) -> Codec:
+def small_model_tokenizer(*, bos: bool = True) -> ModelTokenizer:
     """The same without a folder."""
-    made = tokenizer(bos=bos)
-    return Codec(made, bos_ids(made), EOS, frozenset({EOS}))
+    made = small_tokenizer(bos=bos)
+    return ModelTokenizer(made, bos_ids(made), EOS, frozenset({EOS}))
 
 
-def spelled(codec: Codec, ids: list[int]) -> list[str]:
-    return [codec.tokenizer.id_to_token(token) for token in ids]
+def spelled(tokenizer: ModelTokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.backend.id_to_token(token) for token in ids]
 
 
-def text(codec: Codec, ids: list[int]) -> str:
-    return codec.tokenizer.decode(ids, skip_special_tokens=False)
+def text(tokenizer: ModelTokenizer, ids: list[int]) -> str:
+    return tokenizer.backend.decode(ids, skip_special_tokens=False)
 
 
 # --- tokens and labels ----------------------------------------------------------------------------
@@ -104,9 +104,9 @@ def text(codec: Codec, ids: list[int]) -> str:
 
 def text_of_a_row(template: str) -> tuple[list[str], list[str]]:
     """Prompt and answer as they are and as they should be."""
-    codec = codec_with()
-    tokens, prompt, *_ = encode_row(codec, Format(template), Row(1, "Why?", "So.", {}))
-    return [text(codec, tokens[:prompt]), text(codec, tokens[prompt:])], [
+    tokenizer = small_model_tokenizer()
+    tokens, prompt, *_ = encode_row(tokenizer, Format(template), Row(1, "Why?", "So.", {}))
+    return [text(tokenizer, tokens[:prompt]), text(tokenizer, tokens[prompt:])], [
         "<s>" + PROMPTS[template],
         ANSWERS[template] + "</s>",
     ]
@@ -127,44 +127,44 @@ STARTS = {(True, True): ["<s>"], (True, False): [], (False, True): [], (False, F
 
 
 def tokens_of_a_row(tokenizer_bos: bool, format_bos: bool) -> tuple[list[str], list[str]]:
-    codec = codec_with(bos=tokenizer_bos)
-    example = encode_row(codec, Format("plain", bos=format_bos), Row(5, "Hi", "Yo", {}))
-    return spelled(codec, example.tokens), [*STARTS[tokenizer_bos, format_bos], "H", "i", "Y", "o", "</s>"]
+    tokenizer = small_model_tokenizer(bos=tokenizer_bos)
+    example = encode_row(tokenizer, Format("plain", bos=format_bos), Row(5, "Hi", "Yo", {}))
+    return spelled(tokenizer, example.tokens), [*STARTS[tokenizer_bos, format_bos], "H", "i", "Y", "o", "</s>"]
 
 
 @pytest.mark.parametrize(("tokenizer_bos", "format_bos"), STARTS)
 def test_one_bos_where_tokenizer_and_format_want_it(
-    load: Callable[..., Codec], tokenizer_bos: bool, format_bos: bool
+    load: Callable[..., ModelTokenizer], tokenizer_bos: bool, format_bos: bool
 ) -> None:
     actual, expected = tokens_of_a_row(tokenizer_bos, format_bos)
     assert actual == expected
-    codec = load(tokenizer_bos)
-    assert codec == codec_with(bos=tokenizer_bos)._replace(tokenizer=codec.tokenizer)
-    example = encode_row(codec, Format("plain", bos=format_bos), Row(5, "Hi", "Yo", {}))
-    assert spelled(codec, example.tokens) == expected
-    assert example.prompt == len(expected) - 3
-    assert example.supervised == 3
-    assert example.row == 5
+    tokenizer = load(tokenizer_bos)
+    assert tokenizer == small_model_tokenizer(bos=tokenizer_bos)._replace(backend=tokenizer.backend)
+    example = encode_row(tokenizer, Format("plain", bos=format_bos), Row(5, "Hi", "Yo", {}))
+    assert spelled(tokenizer, example.tokens) == expected
+    assert example.prompt_length == len(expected) - 3
+    assert example.num_loss_tokens == 3
+    assert example.line_number == 5
 
 
 def tokens_at_the_border() -> tuple[list[str], list[str]]:
     """Of a prompt and an answer that would merge."""
-    codec = codec_with()
-    return spelled(codec, encode_row(codec, PLAIN, Row(1, "a", "b", {})).tokens), ["<s>", "a", "b", "</s>"]
+    tokenizer = small_model_tokenizer()
+    return spelled(tokenizer, encode_row(tokenizer, PLAIN, Row(1, "a", "b", {})).tokens), ["<s>", "a", "b", "</s>"]
 
 
 def test_prompt_and_answer_are_tokenised_apart() -> None:
-    codec = codec_with()
-    assert spelled(codec, codec.tokenizer.encode("ab", add_special_tokens=False).ids) == ["ab"]
+    tokenizer = small_model_tokenizer()
+    assert spelled(tokenizer, tokenizer.backend.encode("ab", add_special_tokens=False).ids) == ["ab"]
     actual, expected = tokens_at_the_border()
     assert actual == expected
-    assert encode_row(codec, PLAIN, Row(1, "a", "b", {})).prompt == 2
+    assert encode_row(tokenizer, PLAIN, Row(1, "a", "b", {})).prompt_length == 2
 
 
 def tokens_between_pieces() -> tuple[list[str], list[str]]:
     """Around "Instruction": newlines that end a piece, and the # that begins the next."""
-    codec = codec_with()
-    tokens = spelled(codec, encode_row(codec, Format("alpaca"), Row(1, "Why?", "\nSo.", {})).tokens)
+    tokenizer = small_model_tokenizer()
+    tokens = spelled(tokenizer, encode_row(tokenizer, Format("alpaca"), Row(1, "Why?", "\nSo.", {})).tokens)
     end = tokens.index("I")  # of Instruction, the first capital I
     return tokens[end - 6 : end], [".", "ĊĊ", "#", "#", "#", "Ġ"]
 
@@ -172,8 +172,8 @@ def tokens_between_pieces() -> tuple[list[str], list[str]]:
 def test_the_pieces_of_a_template_are_tokenised_apart() -> None:
     actual, expected = tokens_between_pieces()
     assert actual == expected
-    codec = codec_with()
-    tokens = spelled(codec, encode_row(codec, Format("alpaca"), Row(1, "Why?", "\nSo.", {})).tokens)
+    tokenizer = small_model_tokenizer()
+    tokens = spelled(tokenizer, encode_row(tokenizer, Format("alpaca"), Row(1, "Why?", "\nSo.", {})).tokens)
     assert tokens.count("ĊĊ#") == 1  # before Response, inside a piece; not before Instruction, between two
     assert tokens[tokens.index("ĊĊ") + 1] == "#"
     assert tokens[-6:] == [":Ċ", "Ċ", "S", "o", ".", "</s>"]  # the answer's newline does not join the prompt's
@@ -181,26 +181,28 @@ def test_the_pieces_of_a_template_are_tokenised_apart() -> None:
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("template", PROMPTS)
-def test_generation_starts_from_the_tokens_of_training(load: Callable[..., Codec], template: str, bos: bool) -> None:
-    codec, format = load(), Format(template, bos)
+def test_generation_starts_from_the_tokens_of_training(
+    load: Callable[..., ModelTokenizer], template: str, bos: bool
+) -> None:
+    tokenizer, format = load(), Format(template, bos)
     for question in ("Why?", "\n\n### a", "ab:\n", "{question}"):
-        tokens, prompt, *_ = encode_row(codec, format, Row(1, question, "b", {}))
-        assert tokens[:prompt] == prompt_ids(codec, format, question)
+        tokens, prompt, *_ = encode_row(tokenizer, format, Row(1, question, "b", {}))
+        assert tokens[:prompt] == prompt_ids(tokenizer, format, question)
 
 
-def test_braces_in_a_question_are_text(load: Callable[..., Codec]) -> None:
-    codec = load()
-    assert text(codec, prompt_ids(codec, Format("question"), "{question}{0}")) == (
+def test_braces_in_a_question_are_text(load: Callable[..., ModelTokenizer]) -> None:
+    tokenizer = load()
+    assert text(tokenizer, prompt_ids(tokenizer, Format("question"), "{question}{0}")) == (
         "<s>Question: {question}{0}\nAnswer:"
     )
 
 
 def learned_tokens() -> tuple[list[list[str]], list[list[str]]]:
     """What carries loss in a batch of two rows of unequal length."""
-    codec = codec_with()
+    tokenizer = small_model_tokenizer()
     rows = [Row(1, "Hi", "Yo", {}), Row(2, "Hello", "a", {})]
-    labels = collate([encode_row(codec, PLAIN, row) for row in rows]).labels.tolist()
-    learned = [spelled(codec, [token for token in row if token != IGNORED]) for row in labels]
+    labels = collate([encode_row(tokenizer, PLAIN, row) for row in rows]).labels.tolist()
+    learned = [spelled(tokenizer, [token for token in row if token != IGNORED]) for row in labels]
     return learned, [["Y", "o", "</s>"], ["a", "</s>"]]
 
 
@@ -211,7 +213,7 @@ def test_answer_and_eos_carry_loss_and_nothing_else_does() -> None:
     assert torch.equal(labels[labels != IGNORED], tokens[labels != IGNORED])
 
 
-def test_an_unknown_template_is_refused(load: Callable[..., Codec]) -> None:
+def test_an_unknown_template_is_refused(load: Callable[..., ModelTokenizer]) -> None:
     with pytest.raises(ValueError, match="no template 'llama'; there are alpaca, question, plain"):
         prompt_ids(load(), Format("llama"), "Why?")
 
@@ -249,8 +251,8 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"question": "Why?", "answer": "So.', "not valid JSON"),
-        (r'{"question": "Why?", "answer": "So \ud83d"}', r"column 'answer' holds half a character, '\ud83d' alone"),
-        (r'{"question": "Why?", "answer": "So.", "\ud83d": 1}', r"column '\ud83d' holds half a character"),
+        (r'{"question": "Why?", "answer": "So \ud83d"}', r"column 'answer' contains an unpaired surrogate, '\ud83d'"),
+        (r'{"question": "Why?", "answer": "So.", "\ud83d": 1}', r"column '\ud83d' contains an unpaired surrogate"),
         ('["Why?", "So."]', "a row must be a JSON object, not list"),
         ('{"question": "Why?", "response": "So."}', "no column 'answer'; the row has question, response"),
         ("{}", "no column 'question'; the row has none"),
@@ -299,38 +301,38 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("row", "fault"), FAULTS)
-def test_a_faulty_row_is_named(load: Callable[..., Codec], row: Row, fault: str) -> None:
+def test_a_faulty_row_is_named(load: Callable[..., ModelTokenizer], row: Row, fault: str) -> None:
     with pytest.raises(ValueError) as error:
         encode_rows("rows.jsonl", [GOOD, row], load(), PLAIN, max_length=8)
     assert str(error.value).startswith(f"rows.jsonl, line 2: {fault}.")
 
 
 @pytest.mark.parametrize(("row", "fault"), FAULTS)
-def test_drop_leaves_a_faulty_row_out_and_says_so(load: Callable[..., Codec], row: Row, fault: str) -> None:
+def test_drop_leaves_a_faulty_row_out_and_says_so(load: Callable[..., ModelTokenizer], row: Row, fault: str) -> None:
     later = Row(3, "Ho", "Yo", {})
     examples, dropped = encode_rows("rows.jsonl", [GOOD, row, later], load(), PLAIN, max_length=8, drop=True)
-    assert [example.row for example in examples] == [1, 3]
+    assert [example.line_number for example in examples] == [1, 3]
     assert dropped == [f"line 2: {fault}"]
 
 
-def test_the_longest_row_that_fits_is_kept_whole(load: Callable[..., Codec]) -> None:
-    codec = load()
-    (example,), dropped = encode_rows("rows.jsonl", [Row(1, "Hi", "Hell", {})], codec, PLAIN, max_length=8)
-    assert spelled(codec, example.tokens) == ["<s>", "H", "i", "H", "e", "l", "l", "</s>"]
+def test_the_longest_row_that_fits_is_kept_whole(load: Callable[..., ModelTokenizer]) -> None:
+    tokenizer = load()
+    (example,), dropped = encode_rows("rows.jsonl", [Row(1, "Hi", "Hell", {})], tokenizer, PLAIN, max_length=8)
+    assert spelled(tokenizer, example.tokens) == ["<s>", "H", "i", "H", "e", "l", "l", "</s>"]
     assert dropped == []
 
 
-def test_if_every_row_is_left_out_there_is_nothing_to_train_on(load: Callable[..., Codec]) -> None:
+def test_if_every_row_is_left_out_there_is_nothing_to_train_on(load: Callable[..., ModelTokenizer]) -> None:
     with pytest.raises(ValueError, match="no usable rows; line 1"):
         encode_rows("rows.jsonl", [GOOD], load(), PLAIN, max_length=3, drop=True)
 
 
-def test_special_tokens_in_the_text_are_named_without_bos_too(load: Callable[..., Codec]) -> None:
+def test_special_tokens_in_the_text_are_named_without_bos_too(load: Callable[..., ModelTokenizer]) -> None:
     with pytest.raises(ValueError, match="special token <s>"):
         encode_rows("rows.jsonl", [Row(2, "H<s>", "Yo", {})], load(), Format("plain", bos=False))
 
 
-def test_no_rows_at_all(load: Callable[..., Codec]) -> None:
+def test_no_rows_at_all(load: Callable[..., ModelTokenizer]) -> None:
     with pytest.raises(ValueError, match=r"rows\.jsonl: no usable rows\."):
         encode_rows("rows.jsonl", [], load(), PLAIN)
 
@@ -338,14 +340,14 @@ def test_no_rows_at_all(load: Callable[..., Codec]) -> None:
 # --- the tokenizer of a folder --------------------------------------------------------------------
 
 
-def test_an_eos_the_tokenizer_does_not_know(load: Callable[..., Codec]) -> None:
+def test_an_eos_the_tokenizer_does_not_know(load: Callable[..., ModelTokenizer]) -> None:
     with pytest.raises(ValueError, match=r"eos_token .</end>. is not in tokenizer\.json"):
         load(**{"tokenizer_config": {"eos_token": "</end>"}})
 
 
-def test_bos_is_what_the_post_processor_puts_first(load: Callable[..., Codec]) -> None:
-    codec = load(True)
-    assert spelled(codec, list(codec.bos)) == ["<s>"]
+def test_bos_is_what_the_post_processor_puts_first(load: Callable[..., ModelTokenizer]) -> None:
+    tokenizer = load(True)
+    assert spelled(tokenizer, list(tokenizer.bos)) == ["<s>"]
     assert load(False).bos == ()
 
 
@@ -369,42 +371,44 @@ def test_bos_is_what_the_post_processor_puts_first(load: Callable[..., Codec]) -
     ],
 )
 def test_eos_is_found_wherever_a_folder_declares_it(
-    load: Callable[..., Codec], files: dict[str, Any], eos: int, stops: set[int]
+    load: Callable[..., ModelTokenizer], files: dict[str, Any], eos: int, stops: set[int]
 ) -> None:
-    codec = load(**files)
-    assert codec.eos == eos
-    assert codec.stops == stops
+    tokenizer = load(**files)
+    assert tokenizer.eos == eos
+    assert tokenizer.stops == stops
 
 
 @pytest.mark.parametrize("declared", [{}, {"eos_token_id": VOCABULARY}, {"eos_token_id": -1}])
-def test_a_folder_without_a_usable_eos_is_refused(load: Callable[..., Codec], declared: dict[str, int]) -> None:
+def test_a_folder_without_a_usable_eos_is_refused(
+    load: Callable[..., ModelTokenizer], declared: dict[str, int]
+) -> None:
     with pytest.raises(ValueError, match="no usable EOS token"):
         load(config=declared)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(load: Callable[..., Codec]) -> None:
+def test_a_tokenizer_larger_than_the_model_is_refused(load: Callable[..., ModelTokenizer]) -> None:
     message = f"token ids up to {VOCABULARY - 1}, but the model's vocabulary holds {VOCABULARY - 1}"
     with pytest.raises(ValueError, match=message):
         load(size=VOCABULARY - 1)
 
 
-def test_truncation_and_padding_of_the_file_are_switched_off(load: Callable[..., Codec]) -> None:
-    made = tokenizer(bos=True)
+def test_truncation_and_padding_of_the_file_are_switched_off(load: Callable[..., ModelTokenizer]) -> None:
+    made = small_tokenizer(bos=True)
     made.enable_truncation(4)
     made.enable_padding(length=64)
-    codec = load(made=made)
-    assert spelled(codec, prompt_ids(codec, PLAIN, "Hello!")) == ["<s>", *"Hello!"]
+    tokenizer = load(made=made)
+    assert spelled(tokenizer, prompt_ids(tokenizer, PLAIN, "Hello!")) == ["<s>", *"Hello!"]
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
-        load_codec(tmp_path, VOCABULARY)
+        load_tokenizer(tmp_path, VOCABULARY)
 
 
 def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
-        load_codec(tmp_path, VOCABULARY)
+        load_tokenizer(tmp_path, VOCABULARY)
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -430,7 +434,7 @@ def rows_of_micro_batches() -> tuple[list[list[int]], list[list[int]]]:
     """Rows of similar length together, and none lost."""
     examples = [Example([0] * length, 1, row) for row, length in enumerate([9, 2, 5, 2, 8, 3, 7], 1)]
     parts = split_by_length(examples, 3)
-    return [[example.row for example in part] for part in parts], [[2, 4, 6], [3, 7, 5], [1]]
+    return [[example.line_number for example in part] for part in parts], [[2, 4, 6], [3, 7, 5], [1]]
 
 
 def test_micro_batches_hold_rows_of_similar_length_and_lose_none() -> None:
@@ -462,7 +466,7 @@ def test_collate_pads_on_the_right() -> None:
 
 def supervised_and_predicted(prompt: int) -> tuple[int, int]:
     example = Example([5, 6, 7], prompt, 1)
-    return example.supervised, int((collate([example]).labels[:, 1:] != IGNORED).sum())
+    return example.num_loss_tokens, int((collate([example]).labels[:, 1:] != IGNORED).sum())
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 2])

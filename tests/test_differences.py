@@ -27,9 +27,11 @@ CLOSE = 1e-3
 def case() -> Case:
     """The miniature model, with a task LoRA that has moved away from its start."""
     folder = ROOT / "weights" / "mini"
-    codec = data.load_codec(folder, model.read_config(folder / "config.json").vocab_size)
+    tokenizer = data.load_tokenizer(folder, model.read_config(folder / "config.json").vocab_size)
     rows = data.read_rows(folder / "math" / "train.jsonl")[:16]
-    case = differences.load_case(folder, None, [data.encode_row(codec, data.Format("question"), row) for row in rows])
+    case = differences.load_case(
+        folder, None, [data.encode_row(tokenizer, data.Format("question"), row) for row in rows]
+    )
     settings = differences.Settings(epochs=2, batch_size=8, learning_rate=1e-2)
     method, _ = differences.methods.bind("sft", case.config, scale=differences.SCALE)
     list(train(case.config, case.base, case.task, adamw(case.task, settings), case.examples, method, settings))

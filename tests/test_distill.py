@@ -7,13 +7,22 @@ from typing import Any
 import pytest
 import torch
 from commands import MINI, lfu, read_lines, refusal, write_rows
-from test_data import codec_with, text
+from test_data import small_model_tokenizer, text
 
 from lfu import cli
 from lfu.cli import DistillOptions
-from lfu.data import Format, Row, encode_rows, load_codec, read_rows
-from lfu.distill import BANNED, RECIPES, Recipe, distill_prompt, fault_of, last_integer, same_integer, selected
-from lfu.generate import generate, sampled
+from lfu.data import Format, Row, encode_rows, load_tokenizer, read_rows
+from lfu.distill import (
+    BANNED,
+    RECIPES,
+    Recipe,
+    choose_answer,
+    distill_prompt,
+    last_integer,
+    rejection_reason,
+    same_integer,
+)
+from lfu.generate import generate, make_sampler
 from lfu.model import load
 from lfu.verbs import distill as distilling
 
@@ -45,11 +54,14 @@ PROMPTS = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_prompt_is_this_text_to_the_letter(name: str) -> None:
-    codec = codec_with()
-    asked = distill_prompt(codec, RECIPES[name], Row(1, "Why {0}?", "So {question}.", {}))
-    assert text(codec, asked) == "<s>" + PROMPTS[name]
-    assert asked[: len(codec.bos)] == list(codec.bos)
-    assert distill_prompt(codec_with(bos=False), RECIPES[name], Row(1, "Why {0}?", "So {question}.", {})) == asked[1:]
+    tokenizer = small_model_tokenizer()
+    asked = distill_prompt(tokenizer, RECIPES[name], Row(1, "Why {0}?", "So {question}.", {}))
+    assert text(tokenizer, asked) == "<s>" + PROMPTS[name]
+    assert asked[: len(tokenizer.bos)] == list(tokenizer.bos)
+    assert (
+        distill_prompt(small_model_tokenizer(bos=False), RECIPES[name], Row(1, "Why {0}?", "So {question}.", {}))
+        == asked[1:]
+    )
 
 
 # --- which answers are taken ----------------------------------------------------------------------
@@ -80,7 +92,7 @@ LEFT: list[tuple[str, Recipe, str]] = [
 
 
 def taken() -> tuple[list[Any], list[Any]]:
-    return [selected(f" {written}\n", REFERENCE, recipe) for written, recipe in TAKEN], [
+    return [choose_answer(f" {written}\n", REFERENCE, recipe) for written, recipe in TAKEN], [
         (written, None) for written, _ in TAKEN
     ]
 
@@ -92,7 +104,7 @@ def test_an_answer_that_passes_is_taken_without_the_space_around_it() -> None:
 
 def left() -> tuple[list[Any], list[Any]]:
     """The references that stay, and what is said of why."""
-    answers = [selected(written, REFERENCE, recipe) for written, recipe, _ in LEFT]
+    answers = [choose_answer(written, REFERENCE, recipe) for written, recipe, _ in LEFT]
     said = [re.findall("empty|prompt|number", answer.fault or "")[-1:] for answer in answers]
     return [(answer.text, why) for answer, why in zip(answers, said)], [(REFERENCE, [why]) for *_, why in LEFT]
 
@@ -104,7 +116,7 @@ def test_the_reference_stays_byte_for_byte() -> None:
 
 def test_the_banned_phrases() -> None:
     assert BANNED == ("reference answer", "your response", "my response", "your own response", "now it's your turn")
-    assert fault_of("The number is 7, as in the Reference  Answer", "7", GSM8K) is None  # two spaces
+    assert rejection_reason("The number is 7, as in the Reference  Answer", "7", GSM8K) is None  # two spaces
 
 
 INTEGERS = {
@@ -173,12 +185,12 @@ def distill(data: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
 def one_by_one(data: Path, recipe: Recipe, how: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows as they should come out: each alone, and then the rule."""
     config, base = load(MINI, dtype=torch.float64)
-    codec, expected = load_codec(MINI, 1024), []
+    tokenizer, expected = load_tokenizer(MINI, 1024), []
     for row in read_rows(data):
-        choose = sampled(42, [row.number], **how)
-        prompts = [distill_prompt(codec, recipe, row)]
-        ((_, completion),) = generate(config, base, codec, prompts, max_new_tokens=24, choose=choose)
-        expected.append(row.fields | {"answer": selected(completion.text, row.answer, recipe).text})
+        choose = make_sampler(42, [row.number], **how)
+        prompts = [distill_prompt(tokenizer, recipe, row)]
+        ((_, completion),) = generate(config, base, tokenizer, prompts, max_new_tokens=24, choose=choose)
+        expected.append(row.fields | {"answer": choose_answer(completion.text, row.answer, recipe).text})
     return expected
 
 
@@ -237,14 +249,14 @@ def test_a_file_is_not_continued_with_other_options(changed: dict[str, Any], tmp
 
 
 def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, out, batches = rows_of_mini(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", distilling.distilled
+    data, out, batches = rows_of_mini(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", distilling.rewrite_answers
 
     def failing(*arguments: Any, **options: Any) -> Any:
         batch, *_ = batches(*arguments, **options)
         yield batch
         raise OSError("No more.")
 
-    monkeypatch.setattr(distilling, "distilled", failing)
+    monkeypatch.setattr(distilling, "rewrite_answers", failing)
     with pytest.raises(OSError, match=r"No more\."):
         distill(data, out, recipe="general")
     assert len(read_lines(out)) == SHORT["batch_size"]
@@ -253,7 +265,7 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_comes_out_can_be_trained_on(tmp_path: Path) -> None:
     data, out = rows_of_mini(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl"
     distill(data, out, recipe="general")
-    examples, dropped = encode_rows(out, read_rows(out), load_codec(MINI, 1024), Format())
+    examples, dropped = encode_rows(out, read_rows(out), load_tokenizer(MINI, 1024), Format())
     assert (len(examples), dropped) == (10, [])
 
 

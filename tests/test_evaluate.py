@@ -16,7 +16,7 @@ from commands import MINI, write_rows
 from tiny import CONFIGS, random_lora, random_params, random_tokens
 
 from lfu import InputError
-from lfu.data import Codec, Example, Row, load_codec
+from lfu.data import Example, ModelTokenizer, Row, load_tokenizer
 from lfu.evaluate import (
     HARNESS_STOPS,
     INVALID,
@@ -302,7 +302,7 @@ def test_accuracy_that_has_no_spread() -> None:
 
 
 def examples_for(config: Config, answers: list[int]) -> list[Example]:
-    """Rows with answers of these lengths behind prompts of 1 to 20 tokens."""
+    """Rows with answers of these lengths after prompts of 1 to 20 tokens."""
     draw = random.Random(1)
     rows = []
     for row, answer in enumerate(answers, 1):
@@ -324,8 +324,8 @@ def test_the_likelihood_is_that_of_transformers(folder_of: Callable[[str], Path]
     for example in examples:
         tokens = torch.tensor([example.tokens])
         labels = tokens.clone()
-        labels[:, : example.prompt] = -100
-        sums.append(float(model(tokens, labels=labels).loss.detach()) * example.supervised)
+        labels[:, : example.prompt_length] = -100
+        sums.append(float(model(tokens, labels=labels).loss.detach()) * example.num_loss_tokens)
     mean, error, n = answer_nll(config, params, examples)
     # Measured: 2e-7, of the error, in float32.
     assert mean == pytest.approx(sum(sums) / sum(ANSWERS), rel=2e-6)
@@ -355,7 +355,7 @@ def test_adapters_take_part_in_the_likelihood(model: tuple[Config, Params]) -> N
     (example,) = examples_for(config, [7])
     adapters = [(random_lora(config, 2, seed=1), 2.0)]
     logits, _ = forward(config, params, torch.tensor([example.tokens]), adapters)
-    labels = torch.tensor([[-100] * example.prompt + example.tokens[example.prompt :]])
+    labels = torch.tensor([[-100] * example.prompt_length + example.tokens[example.prompt_length :]])
     mean, error, n = answer_nll(config, params, [example], adapters)
     # Measured: 2e-16 in float64.
     assert mean == pytest.approx(float(sft_loss(logits, labels)), rel=1e-14)
@@ -396,8 +396,8 @@ ROW = Row(4, "What is 2+2?", "#### 4", {})
 
 
 @pytest.fixture(scope="module")
-def codec() -> Codec:
-    return load_codec(MINI, 1024)
+def tokenizer() -> ModelTokenizer:
+    return load_tokenizer(MINI, 1024)
 
 
 @pytest.mark.parametrize(
@@ -411,10 +411,10 @@ def codec() -> Codec:
         ),
     ],
 )
-def test_the_prompt_is_this_text_to_the_letter(codec: Codec, shots: list[Row], text: str) -> None:
-    prompt = harness_prompt(codec, ROW, shots)
-    assert codec.tokenizer.decode(prompt, skip_special_tokens=False) == f"<s>{text}"
-    assert prompt == codec.tokenizer.encode(text).ids  # in one piece, BOS once
+def test_the_prompt_is_this_text_to_the_letter(tokenizer: ModelTokenizer, shots: list[Row], text: str) -> None:
+    prompt = harness_prompt(tokenizer, ROW, shots)
+    assert tokenizer.backend.decode(prompt, skip_special_tokens=False) == f"<s>{text}"
+    assert prompt == tokenizer.backend.encode(text).ids  # in one piece, BOS once
 
 
 def test_the_harness_stops_at_these() -> None:

@@ -96,7 +96,7 @@ def test_of_a_hub_id_only_what_is_needed_is_downloaded(folder: Path, monkeypatch
         return str(folder)
 
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
-    assert checkpoint.local_folder("meta-llama/Llama-3.1-8B") == folder
+    assert checkpoint.resolve_model("meta-llama/Llama-3.1-8B") == folder
     assert asked == [("meta-llama/Llama-3.1-8B", HUB)]
 
 
@@ -478,7 +478,7 @@ def test_text_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert path.read_text() == "new"
         raise Interrupted
 
-    monkeypatch.setattr(checkpoint, "flush", interrupted)
+    monkeypatch.setattr(checkpoint, "fsync", interrupted)
     with pytest.raises(Interrupted):
         checkpoint.write_text(target, "new")
     assert json.loads(target.read_text(encoding="utf-8")) == {"λ": 5.0}

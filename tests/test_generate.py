@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
 from lfu import generate as module
-from lfu.data import Codec
-from lfu.generate import Completion, distribution, generate, sampled
+from lfu.data import ModelTokenizer
+from lfu.generate import Completion, distribution, generate, make_sampler
 from lfu.lora import Adapter
 from lfu.model import Config, Params, forward, load
 
@@ -34,10 +34,10 @@ def spelled(tokens: Sequence[int]) -> str:
     return "".join(f"{'ABCDEFGH'[token // 10]}{token % 10}" for token in tokens)
 
 
-def codec(stops: Collection[int] = ()) -> Codec:
+def tokenizer(stops: Collection[int] = ()) -> ModelTokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={spelled([token]): token for token in range(VOCABULARY)}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
-    return Codec(tokenizer, (), max(stops, default=0), frozenset(stops))
+    return ModelTokenizer(tokenizer, (), max(stops, default=0), frozenset(stops))
 
 
 @pytest.fixture(params=KINDS)
@@ -93,7 +93,9 @@ Pair = tuple[list[Completion], list[Completion]]
 
 def batched_and_uncached(kind: str) -> Pair:
     config, params = model_of(kind)
-    return completions(config, params, codec(), prompts_for(config)), [until(tokens, ()) for tokens in free_runs(kind)]
+    return completions(config, params, tokenizer(), prompts_for(config)), [
+        until(tokens, ()) for tokens in free_runs(kind)
+    ]
 
 
 @cache
@@ -108,7 +110,7 @@ def test_batched_is_one_by_one_is_uncached(kind: str) -> None:
     actual, expected = batched_and_uncached(kind)
     assert actual == expected
     config, params = model_of(kind)
-    assert completions(config, params, codec(), prompts_for(config), batch_size=1) == expected
+    assert completions(config, params, tokenizer(), prompts_for(config), batch_size=1) == expected
     assert len({completion.text for completion in expected}) == len(LENGTHS)  # no two prompts could be mixed up
 
 
@@ -117,7 +119,7 @@ def stopping_and_expected(kind: str) -> Pair:
     config, params = model_of(kind)
     free = free_runs(kind)
     stops = {free[0][5], free[2][9], free[4][2], free[6][1]}
-    return completions(config, params, codec(stops), prompts_for(config)), [until(tokens, stops) for tokens in free]
+    return completions(config, params, tokenizer(stops), prompts_for(config)), [until(tokens, stops) for tokens in free]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +152,7 @@ def test_transformers_generates_the_same(kind: str, folder_of: Callable[[str], P
     config, params = load(folder_of(kind), dtype=torch.float64)
     prompts = prompts_for(config)
     stops = {uncached(config, params, prompts[0])[4], uncached(config, params, prompts[3])[8]}
-    for prompt, completion in zip(prompts, completions(config, params, codec(stops), prompts), strict=True):
+    for prompt, completion in zip(prompts, completions(config, params, tokenizer(stops), prompts), strict=True):
         tokens = torch.tensor([prompt])
         (row,) = reference.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW,
@@ -164,9 +166,9 @@ def test_adapters_take_part(model: tuple[Config, Params]) -> None:
     prompts = prompts_for(config)
     adapters = [(random_lora(config, 2, seed=1), 2.0), (random_lora(config, 3, seed=2, targets=("v_proj",)), 0.5)]
     expected = [until(uncached(config, params, prompt, adapters), ()) for prompt in prompts]
-    assert completions(config, params, codec(), prompts, adapters) == expected
-    assert completions(config, params, codec(), prompts, adapters[:1]) != expected
-    assert completions(config, params, codec(), prompts) != expected
+    assert completions(config, params, tokenizer(), prompts, adapters) == expected
+    assert completions(config, params, tokenizer(), prompts, adapters[:1]) != expected
+    assert completions(config, params, tokenizer(), prompts) != expected
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def test_adapters_take_part(model: tuple[Config, Params]) -> None:
 def test_each_completion_comes_with_the_index_of_its_prompt(model: tuple[Config, Params], batch_size: int) -> None:
     config, params = model
     prompts = prompts_for(config)
-    pairs = list(generate(config, params, codec(), prompts, max_new_tokens=4, batch_size=batch_size))
+    pairs = list(generate(config, params, tokenizer(), prompts, max_new_tokens=4, batch_size=batch_size))
     lengths = [len(prompts[index]) for index, _ in pairs]
     assert lengths == sorted(LENGTHS)  # prompts of similar length share a batch
     assert sorted(pairs) == [
@@ -187,15 +189,17 @@ def test_each_completion_comes_with_the_index_of_its_prompt(model: tuple[Config,
 def test_a_batch_is_handed_over_before_the_next_one_begins(
     model: tuple[Config, Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, continued = [], module.continued
+    begun, continued = [], module.decode_batch
 
-    def noting(config: Config, params: Params, codec: Codec, prompts: dict[int, Any], *rest: Any) -> dict[int, Any]:
+    def noting(
+        config: Config, params: Params, tokenizer: ModelTokenizer, prompts: dict[int, Any], *rest: Any
+    ) -> dict[int, Any]:
         begun.append(len(prompts))
-        return continued(config, params, codec, prompts, *rest)
+        return continued(config, params, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr(module, "continued", noting)
+    monkeypatch.setattr(module, "decode_batch", noting)
     config, params = model
-    answers = generate(config, params, codec(), prompts_for(config), max_new_tokens=2, batch_size=3)
+    answers = generate(config, params, tokenizer(), prompts_for(config), max_new_tokens=2, batch_size=3)
     assert len(list(islice(answers, 3))) == 3
     assert begun == [3]
     assert len(list(answers)) == 8
@@ -206,7 +210,7 @@ def test_a_batch_is_handed_over_before_the_next_one_begins(
 
 
 def free_run(model: tuple[Config, Params]) -> tuple[list[int], list[int]]:
-    """A prompt, and the NEW tokens behind it, of which the first eight are all different."""
+    """A prompt, and the NEW tokens after it, of which the first eight are all different."""
     config, params = model
     for seed in range(100):
         prompt = random_tokens(config, 10, seed=seed).tolist()
@@ -224,7 +228,7 @@ def eight() -> tuple[list[int], list[int]]:
 def completed(stops: Collection[int] = (), **options: Any) -> Completion:
     """What `generate` makes of the prompt of `eight`."""
     prompt, _ = eight()
-    (completion,) = completions(*model_of("llama31"), codec(stops), [prompt], **options)
+    (completion,) = completions(*model_of("llama31"), tokenizer(stops), [prompt], **options)
     return completion
 
 
@@ -283,7 +287,7 @@ def test_the_first_stop_string_in_the_text_counts() -> None:
 
 def test_half_a_stop_string_is_text(model: tuple[Config, Params]) -> None:
     prompt, tokens = free_run(model)
-    (completion,) = completions(*model, codec(), [prompt], stop=(spelled(tokens[2:5]),), max_new_tokens=4)
+    (completion,) = completions(*model, tokenizer(), [prompt], stop=(spelled(tokens[2:5]),), max_new_tokens=4)
     assert completion == Completion(spelled(tokens[:4]), tokens[:4], False)
 
 
@@ -295,10 +299,10 @@ def test_stop_strings_end_rows_of_a_batch_one_by_one(model: tuple[Config, Params
     texts = [spelled(tokens) for tokens in free]
     cuts = [min((text.index(stop) for stop in stops if stop in text), default=None) for text in texts]
     assert len(set(cuts)) > 3
-    found = completions(config, params, codec(), prompts, stop=stops)
+    found = completions(config, params, tokenizer(), prompts, stop=stops)
     assert [completion.text for completion in found] == [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
     assert [completion.finished for completion in found] == [cut is not None for cut in cuts]
-    assert found == completions(config, params, codec(), prompts, stop=stops, batch_size=1)
+    assert found == completions(config, params, tokenizer(), prompts, stop=stops, batch_size=1)
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -369,7 +373,7 @@ def test_tokens_that_tie_with_the_last_of_the_likeliest_are_kept() -> None:
 def draws(count: int, how: tuple[float, int, float], seed: int = 7, step: int = 4) -> list[int]:
     """The tokens of `count` rows that all have the same logits."""
     temperature, top_k, top_p = how
-    choose = sampled(seed, range(100, 100 + count), temperature=temperature, top_k=top_k, top_p=top_p)
+    choose = make_sampler(seed, range(100, 100 + count), temperature=temperature, top_k=top_k, top_p=top_p)
     return choose(some_logits(1).expand(count, -1), range(count), step).tolist()
 
 
@@ -405,8 +409,8 @@ def test_draws_depend_on_seed_step_and_row_and_on_nothing_else() -> None:
 def drawn_completions(model: tuple[Config, Params], **options: Any) -> list[Completion]:
     config, params = model
     prompts = prompts_for(config)
-    choose = sampled(3, [10 * n for n in range(len(prompts))], temperature=1.0, top_k=40, top_p=0.9)
-    return completions(config, params, codec(range(70, 80)), prompts, choose=choose, **options)
+    choose = make_sampler(3, [10 * n for n in range(len(prompts))], temperature=1.0, top_k=40, top_p=0.9)
+    return completions(config, params, tokenizer(range(70, 80)), prompts, choose=choose, **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -420,7 +424,7 @@ def test_a_row_draws_the_same_tokens_in_any_batch(some_model: tuple[Config, Para
 
 def uncached_draws(config: Config, params: Params, prompt: Sequence[int], number: int) -> list[int]:
     """Drawing as it is defined: the whole sequence through the model, and a row of one."""
-    tokens, choose = list(prompt), sampled(3, [number], temperature=1.0, top_k=40, top_p=0.9)
+    tokens, choose = list(prompt), make_sampler(3, [number], temperature=1.0, top_k=40, top_p=0.9)
     for step in range(NEW):
         logits, _ = forward(config, params, torch.tensor([tokens]))
         tokens.append(int(choose(logits[:, -1], [0], step)))
@@ -430,5 +434,7 @@ def uncached_draws(config: Config, params: Params, prompt: Sequence[int], number
 def test_one_token_to_draw_from_is_greedy(model: tuple[Config, Params]) -> None:
     config, params = model
     prompts = prompts_for(config)
-    choose = sampled(0, range(len(prompts)), temperature=1.0, top_k=1, top_p=1.0)
-    assert completions(config, params, codec(), prompts, choose=choose) == completions(config, params, codec(), prompts)
+    choose = make_sampler(0, range(len(prompts)), temperature=1.0, top_k=1, top_p=1.0)
+    assert completions(config, params, tokenizer(), prompts, choose=choose) == completions(
+        config, params, tokenizer(), prompts
+    )

@@ -38,9 +38,9 @@ from experiments.harness import (
     packaged,
 )
 from lfu import cli, likelihood, lora
-from lfu.data import Example, load_codec, token_ids
+from lfu.data import Example, load_tokenizer, token_ids
 from lfu.evaluate import Likelihood
-from lfu.likelihood import Asking, Item
+from lfu.likelihood import EncodingOptions, Item
 from lfu.model import load
 
 ROUNDING = 1e-5
@@ -240,7 +240,7 @@ def test_every_item_is_the_harness(
     if not any(gap.what.startswith("verdict") for gap in gaps):
         for name, (mean, error, _) in found.scores.items():
             foreign = expected.scores["acc" if name == "mc2" else name]
-            assert mean == pytest.approx(foreign.mean, rel=10 * ROUNDING), name  # exp magnifies what is behind it
+            assert mean == pytest.approx(foreign.mean, rel=10 * ROUNDING), name  # exp magnifies what is after it
             if score == "choices":
                 assert error == pytest.approx(foreign.error, rel=ROUNDING)
 
@@ -267,9 +267,12 @@ def test_the_rows_tell_the_rules_apart(
         words = theirs(model, "last-word").samples
         assert 0 < sum(sample["acc"] for sample in words) < len(words)
     if model == "qwen3":
-        codec = load_codec(models[model], 1024)
+        tokenizer = load_tokenizer(models[model], 1024)
         requests = [request for sample in samples for request in sample["arguments"]]
-        assert sum(token_ids(codec, a + b) != token_ids(codec, a) + token_ids(codec, b) for a, b in requests) > 20
+        assert (
+            sum(token_ids(tokenizer, a + b) != token_ids(tokenizer, a) + token_ids(tokenizer, b) for a, b in requests)
+            > 20
+        )
 
 
 # --- GSM8K ----------------------------------------------------------------------------------------
@@ -304,31 +307,31 @@ def per_character_shares(item: Item, found: list[Likelihood]) -> dict[str, Any]:
     return likelihood.share_record(item, shorter) | {"logprobs": [each.logprob for each in found]}
 
 
-def without_space(asking: Asking, context: str, text: str) -> tuple[list[int], list[int]]:
-    given = likelihood.text_ids(asking, context.rstrip())
-    return given, likelihood.text_ids(asking, context + text)[len(given) :]
+def without_space(options: EncodingOptions, context: str, text: str) -> tuple[list[int], list[int]]:
+    given = likelihood.text_ids(options, context.rstrip())
+    return given, likelihood.text_ids(options, context + text)[len(given) :]
 
 
-def encoded_apart(asking: Asking, context: str, text: str) -> tuple[list[int], list[int]]:
+def encoded_apart(options: EncodingOptions, context: str, text: str) -> tuple[list[int], list[int]]:
     kept = context.rstrip()
-    continuation = token_ids(asking.codec, f"{context[len(kept) :]} {text}")
-    return likelihood.text_ids(asking, kept) or [asking.prefix], continuation
+    continuation = token_ids(options.tokenizer, f"{context[len(kept) :]} {text}")
+    return likelihood.text_ids(options, kept) or [options.prefix], continuation
 
 
-def spaces_left_behind(asking: Asking, context: str, text: str) -> tuple[list[int], list[int]]:
-    given = likelihood.text_ids(asking, context)
-    return given, likelihood.text_ids(asking, f"{context} {text}")[len(given) :]
+def spaces_left_behind(options: EncodingOptions, context: str, text: str) -> tuple[list[int], list[int]]:
+    given = likelihood.text_ids(options, context)
+    return given, likelihood.text_ids(options, f"{context} {text}")[len(given) :]
 
 
-def separate_windows(asking: Asking, item: Item) -> list[Example]:
+def separate_windows(options: EncodingOptions, item: Item) -> list[Example]:
     """The last window has no more context than the others."""
-    tokens = [asking.prefix, *likelihood.text_ids(asking, item.continuations[0])]
-    starts = range(0, len(tokens) - 1, asking.max_length)
-    return [Example(tokens[start : start + asking.max_length + 1], 1, item.row.number) for start in starts]
+    tokens = [options.prefix, *likelihood.text_ids(options, item.continuations[0])]
+    starts = range(0, len(tokens) - 1, options.max_length)
+    return [Example(tokens[start : start + options.max_length + 1], 1, item.row.number) for start in starts]
 
 
-def without_bos(asking: Asking, text: str) -> list[int]:
-    return token_ids(asking.codec, text)
+def without_bos(options: EncodingOptions, text: str) -> list[int]:
+    return token_ids(options.tokenizer, text)
 
 
 def letters_for_bytes(item: Item, found: list[Likelihood]) -> dict[str, Any]:

@@ -13,29 +13,40 @@ from typing import Any
 import pytest
 import torch
 from commands import MINI, asked_for, read_lines, sums, write_rows
-from test_data import codec_with, text, tokenizer
+from test_data import small_model_tokenizer, small_tokenizer, text
 
 from lfu import cli, data, methods
 from lfu.cli import EvalOptions, GenerateOptions, TrainOptions
-from lfu.data import TEMPLATES, Codec, Example, Format, Row, Template, collate, encode_row, load_codec, prompt_ids
+from lfu.data import (
+    TEMPLATES,
+    Example,
+    Format,
+    ModelTokenizer,
+    Row,
+    Template,
+    collate,
+    encode_row,
+    load_tokenizer,
+    prompt_ids,
+)
 from lfu.loss import IGNORED, sft_loss
 from lfu.model import forward, load
 
 BOTH = "instruction+answer"
 ROWS = [
     Row(1, "Ana has 3 bags of 4 plums. How many?", "3*4=<<3*4=12>>12\n#### 12", {}),
-    Row(2, "Why:", "So.", {}),  # merges with the newline behind it
-    Row(3, "ab\n", "a", {}),  # with the newlines behind it
+    Row(2, "Why:", "So.", {}),  # merges with the newline after it
+    Row(3, "ab\n", "a", {}),  # with the newlines after it
     Row(4, "\n#b", "\nb", {}),
 ]
 EXACT = 2e-14  # measured: 1.8e-15, float64
 
 
-def mini() -> Codec:
-    return load_codec(MINI, 1024)
+def mini() -> ModelTokenizer:
+    return load_tokenizer(MINI, 1024)
 
 
-CODECS: dict[str, Callable[[], Codec]] = {"mini": mini, "merging": codec_with}
+TOKENIZERS: dict[str, Callable[[], ModelTokenizer]] = {"mini": mini, "merging": small_model_tokenizer}
 
 
 def both(template: str, bos: bool = True) -> Format:
@@ -52,12 +63,12 @@ def learned(example: Example) -> list[int]:
 
 def learned_text() -> tuple[list[list[str]], list[list[str]]]:
     """The text that carries loss and the text that does not, in every template, as it is and as it should be."""
-    codec, actual, expected = codec_with(), [], []
+    tokenizer, actual, expected = small_model_tokenizer(), [], []
     for name, template in TEMPLATES.items():
         for row in ROWS:
-            example = encode_row(codec, both(name), row)
+            example = encode_row(tokenizer, both(name), row)
             parts = learned(example), [n for n in range(len(example.tokens)) if n not in set(learned(example))]
-            actual.append([text(codec, [example.tokens[n] for n in places]) for places in parts])
+            actual.append([text(tokenizer, [example.tokens[n] for n in places]) for places in parts])
             space = " " if " {question}" in "".join(template.pieces) else ""
             scaffold = "".join(template.pieces).replace(space + "{question}", "")
             expected.append([f"{space}{row.question}{template.before_answer}{row.answer}</s>", f"<s>{scaffold}"])
@@ -67,16 +78,16 @@ def learned_text() -> tuple[list[list[str]], list[list[str]]]:
 def test_instruction_answer_and_eos_carry_loss_and_the_template_does_not() -> None:
     actual, expected = learned_text()
     assert actual == expected
-    codec = codec_with()
-    joined = prompt_ids(codec, Format("question"), "Why:")
-    assert joined != prompt_ids(codec, both("question"), "Why:")  # there was something to tokenise apart
-    assert text(codec, joined) == text(codec, prompt_ids(codec, both("question"), "Why:"))
+    tokenizer = small_model_tokenizer()
+    joined = prompt_ids(tokenizer, Format("question"), "Why:")
+    assert joined != prompt_ids(tokenizer, both("question"), "Why:")  # there was something to tokenise apart
+    assert text(tokenizer, joined) == text(tokenizer, prompt_ids(tokenizer, both("question"), "Why:"))
 
 
 def space_before_the_question() -> tuple[str, str]:
-    codec = codec_with()
-    tokens, _, _, instruction = encode_row(codec, both("question"), ROWS[1])
-    return text(codec, [tokens[place] for place in instruction]), " Why:"
+    tokenizer = small_model_tokenizer()
+    tokens, _, _, instruction = encode_row(tokenizer, both("question"), ROWS[1])
+    return text(tokenizer, [tokens[place] for place in instruction]), " Why:"
 
 
 def test_a_space_before_the_question_is_the_questions() -> None:
@@ -87,20 +98,20 @@ def test_a_space_before_the_question_is_the_questions() -> None:
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_only_the_instruction_is_added_to_what_carries_loss(template: str) -> None:
     """Against the character offsets of the whole prompt, tokenised in one piece."""
-    codec, row = mini(), ROWS[0]
-    sft, im = encode_row(codec, Format(template), row), encode_row(codec, both(template), row)
+    tokenizer, row = mini(), ROWS[0]
+    sft, im = encode_row(tokenizer, Format(template), row), encode_row(tokenizer, both(template), row)
     assert im.tokens == sft.tokens  # in this tokenizer nothing reaches over the borders
     whole = "".join(TEMPLATES[template].pieces)
     start = whole.index("{question}") - whole[: whole.index("{question}")].endswith(" ")
     end = whole.index("{question}") + len(row.question)
-    offsets = codec.tokenizer.encode(whole.replace("{question}", row.question), add_special_tokens=False).offsets
-    inside = [len(codec.bos) + n for n, (first, last) in enumerate(offsets) if start <= first and last <= end]
+    offsets = tokenizer.backend.encode(whole.replace("{question}", row.question), add_special_tokens=False).offsets
+    inside = [len(tokenizer.bos) + n for n, (first, last) in enumerate(offsets) if start <= first and last <= end]
     assert learned(im) == sorted({*learned(sft), *inside})
     assert len(inside) > 5
 
 
 def test_padding_carries_no_loss() -> None:
-    examples = [encode_row(codec_with(), both("alpaca"), row) for row in ROWS]
+    examples = [encode_row(small_model_tokenizer(), both("alpaca"), row) for row in ROWS]
     tokens, labels = collate(examples)
     for row, example in enumerate(examples):
         places = [place for place, label in enumerate(labels[row].tolist()) if label != IGNORED]
@@ -111,24 +122,26 @@ def test_padding_carries_no_loss() -> None:
 def without_instruction(template: str) -> tuple[Example, Example]:
     """A row without a question, with loss on both and with loss on the answer."""
     row = Row(1, "", "So.", {})
-    return encode_row(codec_with(), both(template), row), encode_row(codec_with(), Format(template), row)
+    return encode_row(small_model_tokenizer(), both(template), row), encode_row(
+        small_model_tokenizer(), Format(template), row
+    )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_an_empty_instruction_changes_nothing(template: str) -> None:
     actual, expected = without_instruction(template)
     assert actual == expected
-    codec, row = mini(), Row(1, "", "So.", {})
-    assert encode_row(codec, both(template), row) == encode_row(codec, Format(template), row)
+    tokenizer, row = mini(), Row(1, "", "So.", {})
+    assert encode_row(tokenizer, both(template), row) == encode_row(tokenizer, Format(template), row)
     assert torch.equal(collate([actual]).labels, collate([expected]).labels)
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_template_does_not_reach_into_what_is_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = []
     for pieces in (("{question}",), ("ab:\n{question}\n\n## a",), ("Quite ", "another:{question}b", "\n")):
         monkeypatch.setitem(data.TEMPLATES, "changed", Template(pieces))
-        labels = collate([encode_row(CODECS[name](), both("changed"), row) for row in ROWS]).labels
+        labels = collate([encode_row(TOKENIZERS[name](), both("changed"), row) for row in ROWS]).labels
         values.append([[label for label in row if label != IGNORED] for row in labels.tolist()])
     assert values[0] == values[1] == values[2]
 
@@ -136,9 +149,9 @@ def test_the_template_does_not_reach_into_what_is_learned(name: str, monkeypatch
 def supervised_and_predicted() -> tuple[list[int], list[int]]:
     """With and without a first token that carries loss, and so is never predicted."""
     examples = [Example([5, 6, 7, 8], 2, 1, range(0, 2)), Example([5, 6, 7, 8], 3, 1, range(1, 3))]
-    examples.append(encode_row(codec_with(), both("plain", bos=False), ROWS[1]))
+    examples.append(encode_row(small_model_tokenizer(), both("plain", bos=False), ROWS[1]))
     counted = [int((collate([example]).labels[:, 1:] != IGNORED).sum()) for example in examples]
-    return [example.supervised for example in examples], counted
+    return [example.num_loss_tokens for example in examples], counted
 
 
 def test_a_first_token_that_is_never_predicted_is_not_counted() -> None:
@@ -149,18 +162,18 @@ def test_a_first_token_that_is_never_predicted_is_not_counted() -> None:
 
 def test_loss_on_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Loss cannot be on 'question', only on answer or instruction\+answer"):
-        prompt_ids(codec_with(), Format("plain", True, "question"), "Why?")
+        prompt_ids(small_model_tokenizer(), Format("plain", True, "question"), "Why?")
 
 
 # --- the loss -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_loss_is_the_token_mean_over_both_parts(name: str, template: str) -> None:
-    codec = CODECS[name]()
+    tokenizer = TOKENIZERS[name]()
     config, base = load(MINI, dtype=torch.float64)
-    examples = [encode_row(codec, both(template), row) for row in ROWS[:2]]
+    examples = [encode_row(tokenizer, both(template), row) for row in ROWS[:2]]
     tokens, labels = collate(examples)
     logits, _ = forward(config, base, tokens)
     answers = collate([example._replace(instruction=range(0)) for example in examples]).labels
@@ -168,11 +181,11 @@ def test_the_loss_is_the_token_mean_over_both_parts(name: str, template: str) ->
     counts = [int((part[:, 1:] != IGNORED).sum()) for part in (instructions, answers)]
     means = [sft_loss(logits, part) for part in (instructions, answers)]
     weighted = sum(count * mean for count, mean in zip(counts, means)) / sum(counts)
-    assert sum(counts) == sum(example.supervised for example in examples)
+    assert sum(counts) == sum(example.num_loss_tokens for example in examples)
     assert abs(float(sft_loss(logits, labels) - weighted)) < EXACT
     assert abs(float(sft_loss(logits, labels) - means[1])) > 0.1  # as if the instruction carried none
     if name == "mini":
-        sft = collate([encode_row(codec, Format(template), row) for row in ROWS[:2]])
+        sft = collate([encode_row(tokenizer, Format(template), row) for row in ROWS[:2]])
         assert torch.equal(sft.tokens, tokens)
         assert torch.equal(sft.labels, answers)
 
@@ -186,7 +199,7 @@ def merging(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merging")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(MINI / name, folder)
-    tokenizer(bos=True).save(str(folder / "tokenizer.json"))
+    small_tokenizer(bos=True).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     return folder
 
@@ -202,13 +215,13 @@ def test_every_method_trains_with_it(
     rows = write_rows(tmp_path / "rows.jsonl", merging_rows(8))
     options = {"model": str(merging), "data": str(rows), "method": method, "template": "question", "epochs": 1}
     cli.train(TrainOptions(**options, out=str(tmp_path / "run"), loss_on=BOTH, rank=2))
-    codec = codec_with()
+    tokenizer = small_model_tokenizer()
     expected = [
-        encode_row(codec, both("question"), Row(0, row["question"], row["answer"], {})) for row in merging_rows(8)
+        encode_row(tokenizer, both("question"), Row(0, row["question"], row["answer"], {})) for row in merging_rows(8)
     ]
     steps = read_lines(tmp_path / "run" / "log.jsonl")
     assert sum(step["tokens"] for step in steps) == sum(len(example.tokens) for example in expected)
-    assert f"8 rows, {sum(example.supervised for example in expected)} tokens with loss" in capsys.readouterr().out
+    assert f"8 rows, {sum(example.num_loss_tokens for example in expected)} tokens with loss" in capsys.readouterr().out
     batch, (config, base) = collate(expected), load(merging)
     first = sft_loss(forward(config, base, batch.tokens)[0], batch.labels)  # B = 0
     assert steps[0]["sft"] == pytest.approx(float(first), rel=1e-2 if method == "neftune" else 1e-6)
@@ -221,9 +234,9 @@ def test_eval_and_generate_ask_with_the_tokens_of_training(
     common: dict[str, Any] = {"model": str(merging), "data": str(rows)}
     trained = {"template": "question", "epochs": 1, "method": "sft", "rank": 2, "loss_on": BOTH}
     adapter = cli.train(TrainOptions(**common, **trained, out=str(tmp_path / "run")))
-    codec, questions = codec_with(), [row["question"] for row in merging_rows(4)]
-    expected = [prompt_ids(codec, both("question"), question) for question in questions]
-    assert expected != [prompt_ids(codec, Format("question"), question) for question in questions]
+    tokenizer, questions = small_model_tokenizer(), [row["question"] for row in merging_rows(4)]
+    expected = [prompt_ids(tokenizer, both("question"), question) for question in questions]
+    assert expected != [prompt_ids(tokenizer, Format("question"), question) for question in questions]
 
     asked, _ = asked_for(monkeypatch)
     results = cli.evaluate(EvalOptions(**common, adapter=str(adapter), max_new_tokens=2))
@@ -231,9 +244,9 @@ def test_eval_and_generate_ask_with_the_tokens_of_training(
     cli.generate(GenerateOptions(model=str(merging), adapter=str(adapter), question=questions[0], max_new_tokens=2))
     assert asked[4:] == expected[:1]
     answers = [
-        encode_row(codec, Format("question"), Row(0, row["question"], row["answer"], {})) for row in merging_rows(4)
+        encode_row(tokenizer, Format("question"), Row(0, row["question"], row["answer"], {})) for row in merging_rows(4)
     ]
-    assert results["nll"].n == sum(example.supervised for example in answers)  # of the answers alone
+    assert results["nll"].n == sum(example.num_loss_tokens for example in answers)  # of the answers alone
 
 
 def test_an_adapter_from_before_asks_as_it_did(merging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +258,8 @@ def test_an_adapter_from_before_asks_as_it_did(merging: Path, tmp_path: Path, mo
     (adapter / "lfu_config.json").write_text(json.dumps(settings))
     asked, _ = asked_for(monkeypatch)
     cli.evaluate(EvalOptions(**common, adapter=str(adapter), max_new_tokens=2, nll=False))
-    codec = codec_with()
-    assert asked == [prompt_ids(codec, Format("question"), row["question"]) for row in merging_rows(4)]
+    tokenizer = small_model_tokenizer()
+    assert asked == [prompt_ids(tokenizer, Format("question"), row["question"]) for row in merging_rows(4)]
 
 
 def test_a_run_from_before_continues(merging: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from commands import MINI, lfu, refusal, write_rows
 from lfu import cli
 from lfu.cli import EvalOptions, TrainOptions
 from lfu.data import Row, read_rows
-from lfu.layouts import LAYOUTS, Layout, arc, columns, dolly, layout_named, lima
+from lfu.layouts import LAYOUTS, Layout, arc, columns, dolly, get_layout, lima
 
 GSM8K = {"question": "Ana has 3 bags of 4 plums.", "answer": "3*4=<<3*4=12>>12\n#### 12"}
 ARC = {
@@ -101,11 +101,11 @@ def test_a_json_array_is_refused_with_its_remedy(tmp_path: Path) -> None:
 
 
 def test_names_of_columns_belong_to_the_layout_columns() -> None:
-    assert layout_named("columns", "prompt", "target")({"prompt": "Why?", "target": "So."}) == ("Why?", "So.")
-    assert layout_named("arc", "question", "answer") is arc
+    assert get_layout("columns", "prompt", "target")({"prompt": "Why?", "target": "So."}) == ("Why?", "So.")
+    assert get_layout("arc", "question", "answer") is arc
     for names in (("prompt", "answer"), ("question", "target")):
         with pytest.raises(ValueError, match="the layout lima has its own names"):
-            layout_named("lima", *names)
+            get_layout("lima", *names)
 
 
 # --- the command ----------------------------------------------------------------------------------

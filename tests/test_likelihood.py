@@ -12,11 +12,11 @@ from tiny import CONFIGS, random_lora, random_params
 
 from lfu import InputError, cli, evaluate, likelihood
 from lfu.cli import EvalOptions, main
-from lfu.data import Codec, Example, Format, Row, load_codec, prompt_ids, token_ids
+from lfu.data import Example, Format, ModelTokenizer, Row, load_tokenizer, prompt_ids, token_ids
 from lfu.evaluate import Likelihood
 from lfu.likelihood import (
     SCORES,
-    Asking,
+    EncodingOptions,
     Item,
     choice_record,
     encode,
@@ -38,8 +38,8 @@ CHOICES = {"question": "Where?", "choices": ["Vesh", "Tarn", "Mell"], "answer": 
 
 
 @pytest.fixture(scope="module")
-def codec() -> Codec:
-    return load_codec(MINI, 1024)
+def tokenizer() -> ModelTokenizer:
+    return load_tokenizer(MINI, 1024)
 
 
 def item(continuations: list[str], right: list[int], context: str = "") -> Item:
@@ -112,8 +112,10 @@ def test_what_no_number_can_hold_is_infinite() -> None:
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def asking(codec: Codec, **changes: Any) -> Asking:
-    return Asking(codec, Format("plain"), own=False, prefix=codec.bos[0], max_length=64)._replace(**changes)
+def encoding_options(tokenizer: ModelTokenizer, **changes: Any) -> EncodingOptions:
+    return EncodingOptions(
+        tokenizer, Format("plain"), use_template=False, prefix=tokenizer.bos[0], max_length=64
+    )._replace(**changes)
 
 
 @pytest.mark.parametrize(
@@ -128,54 +130,56 @@ def asking(codec: Codec, **changes: Any) -> Asking:
         ("  ", True, "<s>", "   Vesh"),
     ],
 )
-def test_where_the_context_ends(codec: Codec, context: str, bos: bool, given: str, continuation: str) -> None:
-    pair = pair_ids(asking(codec, format=Format("plain", bos)), context, "Vesh")
-    assert tuple(codec.tokenizer.decode(part, skip_special_tokens=False) for part in pair) == (given, continuation)
+def test_where_the_context_ends(
+    tokenizer: ModelTokenizer, context: str, bos: bool, given: str, continuation: str
+) -> None:
+    pair = pair_ids(encoding_options(tokenizer, format=Format("plain", bos)), context, "Vesh")
+    assert tuple(tokenizer.backend.decode(part, skip_special_tokens=False) for part in pair) == (given, continuation)
 
 
-def test_a_question_in_the_template(codec: Codec) -> None:
+def test_a_question_in_the_template(tokenizer: ModelTokenizer) -> None:
     form = Format("question")
     ((example, _),), cut = encode(
-        "f", "choices", asking(codec, format=form, own=True), [item(["12", "7"], [0], "7+5?")]
+        "f", "choices", encoding_options(tokenizer, format=form, use_template=True), [item(["12", "7"], [0], "7+5?")]
     )
-    prompt = prompt_ids(codec, form, "7+5?")
-    assert example == Example(prompt + token_ids(codec, " 12"), len(prompt), 1)
+    prompt = prompt_ids(tokenizer, form, "7+5?")
+    assert example == Example(prompt + token_ids(tokenizer, " 12"), len(prompt), 1)
     assert cut == 0
 
 
-def test_a_long_context_loses_its_beginning(codec: Codec) -> None:
+def test_a_long_context_loses_its_beginning(tokenizer: ModelTokenizer) -> None:
     texts = [item(["Vesh", "Goru"], [0], "Where is it? " * 3)]
-    (wholes,), none = encode("f", "choices", asking(codec), texts)
-    (examples,), cut = encode("f", "choices", asking(codec, max_length=7), texts)
+    (wholes,), none = encode("f", "choices", encoding_options(tokenizer), texts)
+    (examples,), cut = encode("f", "choices", encoding_options(tokenizer, max_length=7), texts)
     assert (none, cut) == (0, 1)  # one context, whatever the number of choices
     for whole, example in zip(wholes, examples, strict=True):
         assert example.tokens == whole.tokens[-8:]  # the model sees seven of them
-        assert example.tokens[example.prompt :] == whole.tokens[whole.prompt :]
+        assert example.tokens[example.prompt_length :] == whole.tokens[whole.prompt_length :]
 
 
-def test_windows(codec: Codec) -> None:
+def test_windows(tokenizer: ModelTokenizer) -> None:
     text = "Compute 7+5. Then 3."
-    tokens = [0, 0, *token_ids(codec, text)]  # the prefix, and BOS as the tokenizer puts it before a text
-    windows = encode_windows(asking(codec, max_length=5), item([text], [0]))
-    assert [window.tokens[window.prompt :] for window in windows] == [
+    tokens = [0, 0, *token_ids(tokenizer, text)]  # the prefix, and BOS as the tokenizer puts it before a text
+    windows = encode_windows(encoding_options(tokenizer, max_length=5), item([text], [0]))
+    assert [window.tokens[window.prompt_length :] for window in windows] == [
         tokens[start : start + 5] for start in range(1, len(tokens), 5)
     ]
-    assert [window.prompt for window in windows[:-1]] == [1] * (len(windows) - 1)
+    assert [window.prompt_length for window in windows[:-1]] == [1] * (len(windows) - 1)
     assert len(windows) > 2
     assert len(tokens) % 5 != 1  # the last window is a shorter one, and sees as much as the others
     assert windows[-1].tokens == tokens[-6:]
 
 
-def test_a_short_text_is_one_window(codec: Codec) -> None:
-    (window,) = encode_windows(asking(codec, format=Format("plain", False)), item(["Vesh"], [0]))
-    assert window == Example([0, *token_ids(codec, "Vesh")], 1, 1)
+def test_a_short_text_is_one_window(tokenizer: ModelTokenizer) -> None:
+    (window,) = encode_windows(encoding_options(tokenizer, format=Format("plain", False)), item(["Vesh"], [0]))
+    assert window == Example([0, *token_ids(tokenizer, "Vesh")], 1, 1)
 
 
-def test_the_prefix_and_the_context_of_a_folder(codec: Codec, tmp_path: Path) -> None:
-    assert (prefix_id(MINI, codec), longest_context(MINI)) == (0, 512)
-    silent = codec._replace(bos=())
-    assert prefix_id(tmp_path, codec) == 0
-    assert prefix_id(tmp_path, silent) == codec.eos
+def test_the_prefix_and_the_context_of_a_folder(tokenizer: ModelTokenizer, tmp_path: Path) -> None:
+    assert (prefix_id(MINI, tokenizer), longest_context(MINI)) == (0, 512)
+    silent = tokenizer._replace(bos=())
+    assert prefix_id(tmp_path, tokenizer) == 0
+    assert prefix_id(tmp_path, silent) == tokenizer.eos
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}}')
     assert prefix_id(tmp_path, silent) == 0
     (tmp_path / "config.json").write_text("{}")
@@ -205,7 +209,7 @@ def by_hand(model: tuple[Config, Params], example: Example, adapters: Any = ()) 
     """One row at a time, position by position."""
     logits, _ = forward(*model, torch.tensor([example.tokens]), adapters)
     total, greedy = 0.0, True
-    for place in range(example.prompt, len(example.tokens)):
+    for place in range(example.prompt_length, len(example.tokens)):
         chances = logits[0, place - 1].softmax(0)
         total += math.log(chances[example.tokens[place]])
         greedy &= int(chances.argmax()) == example.tokens[place]
@@ -280,14 +284,19 @@ def test_rows_are_refused_by_their_line(score: str, row: dict[str, Any], sentenc
     ("changes", "context", "text", "sentence"),
     [
         ({"max_length": 2}, "Where?", "Zoë", r"'Zoë' adds \d tokens to its context, not 1 to 2"),
-        ({"own": True, "format": Format("plain", False)}, "", "Vesh", "a context without tokens predicts nothing"),
+        (
+            {"use_template": True, "format": Format("plain", False)},
+            "",
+            "Vesh",
+            "a context without tokens predicts nothing",
+        ),
     ],
 )
 def test_texts_are_refused_by_their_line(
-    codec: Codec, changes: dict[str, Any], context: str, text: str, sentence: str
+    tokenizer: ModelTokenizer, changes: dict[str, Any], context: str, text: str, sentence: str
 ) -> None:
     with pytest.raises(InputError, match=rf"^rows\.jsonl, line 1: {sentence}"):
-        encode("rows.jsonl", "choices", asking(codec, **changes), [item([text], [0], context)])
+        encode("rows.jsonl", "choices", encoding_options(tokenizer, **changes), [item([text], [0], context)])
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -316,17 +325,17 @@ def test_records_are_written_and_scores_printed(score: str, tmp_path: Path, caps
     assert f"(n = {results[name].n}; {how}, with BOS, at most 512 tokens at once)" in shown
 
 
-def test_the_template_and_the_plain_question_are_asked(tmp_path: Path, codec: Codec) -> None:
+def test_the_template_and_the_plain_question_are_asked(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
     data = write_rows(tmp_path / "rows.jsonl", ROWS["choices"][:1])
     asked = {
-        "own": prompt_ids(codec, Format("question"), "Compute 1+1.") + token_ids(codec, " 2"),
-        "harness": codec.tokenizer.encode("Compute 1+1. 2").ids,
+        "own": prompt_ids(tokenizer, Format("question"), "Compute 1+1.") + token_ids(tokenizer, " 2"),
+        "harness": tokenizer.backend.encode("Compute 1+1. 2").ids,
     }
     for prompt, tokens in asked.items():
         out = tmp_path / f"{prompt}.jsonl"
         own = {"template": "question"} if prompt == "own" else {}
         cli.evaluate(EvalOptions(model=str(MINI), data=str(data), out=str(out), score="choices", prompt=prompt, **own))
-        answer = len(token_ids(codec, " 2"))
+        answer = len(token_ids(tokenizer, " 2"))
         expected = by_hand(load(MINI), Example(tokens, len(tokens) - answer, 1)).logprob
         # Measured: 2e-7, in float32.
         assert json.loads(out.read_text())["logprobs"][1] == pytest.approx(expected, rel=1e-5)

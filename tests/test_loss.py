@@ -11,7 +11,7 @@ import torch
 from compare import relative
 from torch import Tensor
 
-from lfu.loss import IGNORED, NORMS, consistency_loss, predicts, sft_loss
+from lfu.loss import IGNORED, NORMS, answer_mask, consistency_loss, sft_loss
 
 LABELS = torch.tensor(
     [
@@ -40,18 +40,18 @@ def states(seed: int, layers: int = 3) -> list[Tensor]:
 
 
 def marked_and_expected() -> tuple[list, list]:
-    return [tuple(place) for place in predicts(LABELS).nonzero().tolist()], COUNTED
+    return [tuple(place) for place in answer_mask(LABELS).nonzero().tolist()], COUNTED
 
 
 def test_predicts_marks_the_position_before_each_label() -> None:
     marked, expected = marked_and_expected()
     assert marked == expected
-    assert predicts(LABELS).dtype == torch.bool
-    assert predicts(LABELS).shape == LABELS.shape
+    assert answer_mask(LABELS).dtype == torch.bool
+    assert answer_mask(LABELS).shape == LABELS.shape
 
 
 def marked_and_expected_where_all_is_labelled() -> tuple[list, list]:
-    return predicts(torch.zeros(2, 4, dtype=torch.int64)).tolist(), [[True, True, True, False]] * 2
+    return answer_mask(torch.zeros(2, 4, dtype=torch.int64)).tolist(), [[True, True, True, False]] * 2
 
 
 def test_the_last_position_predicts_nothing_even_when_every_token_is_labelled() -> None:
@@ -94,7 +94,7 @@ def test_the_label_of_the_first_token_changes_nothing(label: int) -> None:
 def test_sft_loss_reads_only_the_positions_that_predict() -> None:
     z = logits().requires_grad_()
     (gradient,) = torch.autograd.grad(sft_loss(z, LABELS), z)
-    assert torch.equal(gradient.abs().sum(dim=-1) > 0, predicts(LABELS))
+    assert torch.equal(gradient.abs().sum(dim=-1) > 0, answer_mask(LABELS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -125,7 +125,7 @@ def consistency_loss_error(layers: Collection[int] | None, norm: str) -> float:
             distance += sum((a - b) ** 2 for a, b in pairs)
             size += sum(a**2 for a, b in pairs)
         total += distance / {"mean": 5 * len(COUNTED), "sum": len(COUNTED), "relative": size}[norm]
-    value = consistency_loss(h, perturbed, predicts(LABELS), layers=layers, norm=norm)
+    value = consistency_loss(h, perturbed, answer_mask(LABELS), layers=layers, norm=norm)
     return relative(value.item(), total / len(chosen))
 
 
@@ -138,36 +138,36 @@ def test_consistency_loss_is_the_mean_over_positions_and_chosen_blocks(layers: l
 def leaks() -> int:
     """How many of the states h let a gradient through, over all norms."""
     h, perturbed = ([state.requires_grad_() for state in states(seed)] for seed in (1, 2))
-    losses = [consistency_loss(h, perturbed, predicts(LABELS), norm=norm) for norm in NORMS]
+    losses = [consistency_loss(h, perturbed, answer_mask(LABELS), norm=norm) for norm in NORMS]
     gradients = [torch.autograd.grad(loss, h, allow_unused=True) for loss in losses]
     return sum(gradient is not None for each in gradients for gradient in each)
 
 
 def test_consistency_loss_differentiates_the_perturbed_states_alone_and_only_where_they_predict() -> None:
     h, perturbed = ([state.requires_grad_() for state in states(seed)] for seed in (1, 2))
-    loss = consistency_loss(h, perturbed, predicts(LABELS), layers={1, 3})
+    loss = consistency_loss(h, perturbed, answer_mask(LABELS), layers={1, 3})
     through_perturbed = torch.autograd.grad(loss, perturbed, allow_unused=True)
     assert leaks() == 0
     assert through_perturbed[1] is None
     for number in (1, 3):
-        assert torch.equal(through_perturbed[number - 1].abs().sum(dim=-1) > 0, predicts(LABELS))
+        assert torch.equal(through_perturbed[number - 1].abs().sum(dim=-1) > 0, answer_mask(LABELS))
 
 
 def test_equal_states_are_consistent() -> None:
-    assert consistency_loss(states(1), states(1), predicts(LABELS)).item() == 0.0
+    assert consistency_loss(states(1), states(1), answer_mask(LABELS)).item() == 0.0
 
 
 @pytest.mark.parametrize("layers", [{0}, {4}, {1, 9}, {-1}, set()])
 def test_unknown_blocks_are_refused(layers: set[int]) -> None:
     with pytest.raises(ValueError, match="block numbers from 1 to 3"):
-        consistency_loss(states(1), states(2), predicts(LABELS), layers=layers)
+        consistency_loss(states(1), states(2), answer_mask(LABELS), layers=layers)
 
 
 def test_states_of_unequal_depth_are_refused() -> None:
     with pytest.raises(ValueError, match="3 blocks cannot be compared with those of 2"):
-        consistency_loss(states(1), states(2)[:2], predicts(LABELS))
+        consistency_loss(states(1), states(2)[:2], answer_mask(LABELS))
 
 
 def test_unknown_norm_is_refused() -> None:
     with pytest.raises(ValueError, match="'max'"):
-        consistency_loss(states(1), states(2), predicts(LABELS), norm="max")
+        consistency_loss(states(1), states(2), answer_mask(LABELS), norm="max")

@@ -58,7 +58,7 @@ Outputs = tuple[Tensor, list[Tensor]]
 
 
 def reference_outputs(reference: Any, tokens: Tensor) -> Outputs:
-    """Logits and the output of each block; the last of transformers' own `hidden_states` is behind the final norm."""
+    """Logits and the output of each block; the last of transformers' own `hidden_states` is after the final norm."""
     hidden: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda *call: hidden.append(call[-1])) for block in reference.model.layers]
     with torch.no_grad():
@@ -430,7 +430,7 @@ def test_steering_is_addition_behind_each_block() -> None:
 
 
 def perturbed(config: Config, params: Params, size: float, product: model.Product = base_product) -> list[Tensor]:
-    """The hidden states behind embeddings with noise of this size: the same noise in every dtype."""
+    """The hidden states after embeddings with noise of this size: the same noise in every dtype."""
     x = embed(params, tokens_for(config))
     noise = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return trunk(config, params, x + (size * noise).to(x.dtype), product=product)

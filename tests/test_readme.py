@@ -50,7 +50,7 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 def unknown_options(text: str) -> list[str]:
-    """What a page types behind `lfu VERB`, within one command, and the verb does not take."""
+    """What a page types after `lfu VERB`, within one command, and the verb does not take."""
     verbs = subcommands()
     commands = re.findall(r"\blfu(?:\.cli)? (\w+)\s(--[^`|;#\n]*)", re.sub(r"\\\n\s*", "", text))
     options = [(verb, option) for verb, rest in commands for option in re.findall(r"--[a-z][a-z-]*", rest)]

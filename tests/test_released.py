@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lfu.data import Batch, Example, collate
-from lfu.lora import named_lora
+from lfu.lora import to_peft_tensors
 from lfu.methods import bind, state_of
 from lfu.model import Params, named_tensors
 from lfu.train import Settings
@@ -75,7 +75,7 @@ def peft_model() -> nn.Module:
     wrapped = get_peft_model(
         model, LoraConfig(r=RANK, lora_alpha=RANK * SCALE, target_modules=targets), autocast_adapter_dtype=False
     )
-    values = {name.replace(".weight", ".default.weight"): value for name, value in named_lora(TASK).items()}
+    values = {name.replace(".weight", ".default.weight"): value for name, value in to_peft_tensors(TASK).items()}
     missing = wrapped.load_state_dict(values, strict=False)
     assert not missing.unexpected_keys
     return wrapped.double()
@@ -99,7 +99,7 @@ def mean_squared(moving: tuple[Tensor, ...], fixed: tuple[Tensor, ...], labels: 
 def gradients_of(model: nn.Module, loss: Tensor) -> Tensor:
     """In the order of the leaves of TASK."""
     trainable = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
-    ordered = [trainable[name] for name in named_lora(TASK)]
+    ordered = [trainable[name] for name in to_peft_tensors(TASK)]
     found = torch.autograd.grad(loss, ordered, allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in found])
 
@@ -172,7 +172,9 @@ def by_eights(examples: list[Example]) -> Batch:
     width = max(len(example.tokens) for example in examples)
     width += (8 - width % 8) % 8
     tokens = [example.tokens + [EOS] * (width - len(example.tokens)) for example in examples]
-    labels = [[-100] * e.prompt + e.tokens[e.prompt :] + [-100] * (width - len(e.tokens)) for e in examples]
+    labels = [
+        [-100] * e.prompt_length + e.tokens[e.prompt_length :] + [-100] * (width - len(e.tokens)) for e in examples
+    ]
     return Batch(torch.tensor(tokens), torch.tensor(labels))
 
 

@@ -25,7 +25,7 @@ METHODS = ("sft", "lfu-lora", "lfu-reps", "released-lora", "released-reps", "nef
 """SFT, each auxiliary, and those that draw or carry along something else."""
 SHORT: dict[str, Any] = {"model": MINI, "template": "plain", "rank": 2, "learning_rate": 0.01, "batch_size": 4}
 STEPS = 10
-"""20 rows in batches of 4, two epochs: the second begins behind step 5."""
+"""20 rows in batches of 4, two epochs: the second begins after step 5."""
 TIMES = ("seconds", "tokens_per_second")
 
 
@@ -93,7 +93,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, method: str, call: int, number: i
 
     def computing(*arguments: Any, **bound: Any) -> Any:
         batch = arguments[3]
-        if len(batch.tokens) > 1:  # a row alone is how a run foretells its memory
+        if len(batch.tokens) > 1:  # a row alone is how a run predicts its memory
             calls.append(batch)
             if len(calls) == call:
                 signal.raise_signal(number)
@@ -147,7 +147,7 @@ def test_a_step_that_cannot_be_made_costs_no_other(
     out, calls, compute = tmp_path / "run", [], methods.METHODS[method]
 
     def full(*arguments: Any, **bound: Any) -> Any:
-        calls.append(len(arguments[3].tokens) > 1)  # a row alone is how a run foretells its memory
+        calls.append(len(arguments[3].tokens) > 1)  # a row alone is how a run predicts its memory
         if sum(calls) == 8:
             raise torch.OutOfMemoryError("full")
         return compute(*arguments, **bound)
@@ -172,7 +172,7 @@ def cut_to(run: Path, out: Path, step: int) -> Path:
 
 
 def test_the_log_is_cut_to_the_checkpoint(data: Path, unbroken: Callable[..., Path], tmp_path: Path) -> None:
-    """Lines of steps behind the checkpoint, and one that was half written, are dropped before the run goes on."""
+    """Lines of steps after the checkpoint, and one that was half written, are dropped before the run goes on."""
     out = cut_to(unbroken("lfu-reps"), tmp_path / "run", 4)
     lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
     (out / "log.jsonl").write_text("".join(lines[:6]) + lines[6][:40])
@@ -365,7 +365,7 @@ def test_a_run_is_not_continued_with_other_data(
     """One more space, which changes no row."""
     data.write_text(data.read_text().replace('{"question"', '{ "question"', 1))
     assert train(unbroken("sft"), data, method="sft", resume=True) == 2
-    assert "holds another run: the data file is another." in refusal(capsys)
+    assert "holds another run: the data file differs." in refusal(capsys)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
@@ -377,7 +377,7 @@ def test_a_run_is_not_continued_with_another_model(
     content[-3] ^= 1 if file == "model.safetensors" else ord("\n") ^ ord(" ")
     (model / file).write_bytes(bytes(content))
     assert train(unbroken("sft"), data, method="sft", model=model, resume=True) == 2
-    assert "holds another run: the model's files are others." in refusal(capsys)
+    assert "holds another run: the model files differ." in refusal(capsys)
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors"])

@@ -63,7 +63,7 @@ def test_drift_is_the_divergence_of_the_distributions(paths: Paths, out: Path) -
     for example in world.drift:
         given = torch.tensor([example.tokens])
         base, tuned = (
-            model.forward(world.config, world.base, given, adapters)[0][0, example.prompt - 1 : -1].softmax(-1)
+            model.forward(world.config, world.base, given, adapters)[0][0, example.prompt_length - 1 : -1].softmax(-1)
             for adapters in ([], [load_adapter(last, world.config)])
         )
         total += float((base * (base / tuned).log()).sum())
@@ -78,9 +78,9 @@ def test_the_size_of_the_states_is_taken_where_an_answer_is_predicted_and_in_who
 ) -> None:
     world, answers, rows = load_world(paths), [], []
     for row in world.held:
-        example = encode_row(world.codec, Format(), row)
+        example = encode_row(world.tokenizer, Format(), row)
         hidden = torch.stack(model.forward(world.config, world.base, torch.tensor([example.tokens]))[1])[:, 0, :-1]
-        answers.append(hidden[:, example.prompt - 1 :].square())
+        answers.append(hidden[:, example.prompt_length - 1 :].square())
         rows.append(hidden.square())
     sizes = read_json(out / "base" / "squares.json")
     assert sizes["answers"] == pytest.approx(torch.cat(answers, 1).mean((1, 2)).tolist())

@@ -33,10 +33,10 @@ from lfu.train import (
     global_norm,
     learning_rate,
     lfu_gradient,
-    require_usable,
     sft_gradient,
     total_steps,
     train,
+    validate_settings,
 )
 
 CONFIG = tiny_config("qwen3_untied")
@@ -187,7 +187,7 @@ def test_every_epoch_takes_every_row_once_and_keeps_the_last_partial_step() -> N
     assert the_order_is_another_each_epoch()
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
     assert [entry["epoch"] for entry in log] == [1, 1, 1, 2, 2, 2]
-    lengths = {example.row: len(example.tokens) for example in rows(10)}
+    lengths = {example.line_number: len(example.tokens) for example in rows(10)}
     assert log[2]["tokens"] == sum(lengths[row] for row in taken[8:10])
 
 
@@ -220,7 +220,7 @@ def weighted_sum_error(name: str) -> float:
     (gradient,), (entry,) = gradients_of(bind(name, CONFIG, scale=2.0, lam=0.2)[0], settings, examples, steps=1)
 
     order = sorted(shuffled(16, settings.seed, 0), key=lambda row: len(examples[row].tokens))
-    total = sum(example.supervised for example in examples)
+    total = sum(example.num_loss_tokens for example in examples)
     expected, consistency = torch.zeros_like(gradient), 0.0
     for index in range(4):
         part = [examples[row] for row in order[4 * index : 4 * index + 4]]
@@ -230,7 +230,7 @@ def weighted_sum_error(name: str) -> float:
             generator = torch.Generator().manual_seed(int(seed))
             aux = tree_map(Tensor.double, lora.init(CONFIG, 2, generator=generator))
         g, metrics = lfu_gradient(CONFIG, base(), task, aux, collate(part), scale=2.0, alpha=0.1, lam=0.2)
-        share = sum(example.supervised for example in part) / total
+        share = sum(example.num_loss_tokens for example in part) / total
         expected += share * flat(g)
         consistency += share * float(metrics["consistency"])
     return max(distance(gradient, expected), relative(entry["consistency"], consistency))
@@ -512,9 +512,9 @@ def test_methods_that_do_not_exist_or_mean_nothing_are_refused(name: str, given:
     ],
 )
 def test_settings_that_no_run_can_have_are_refused(changed: dict[str, Any], message: str) -> None:
-    require_usable(Settings())
+    validate_settings(Settings())
     with pytest.raises(ValueError, match=message):
-        require_usable(Settings(**changed))
+        validate_settings(Settings(**changed))
 
 
 def test_there_must_be_rows_to_train_on() -> None:

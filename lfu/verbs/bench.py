@@ -6,7 +6,7 @@ import torch
 
 from lfu import InputError, checkpoint, model
 from lfu import bench as benchmark
-from lfu.data import load_codec
+from lfu.data import load_tokenizer
 from lfu.verbs.shared import ModelOptions, choose_device, choose_dtype, option, require_counts
 
 
@@ -31,16 +31,16 @@ def bench(options: BenchOptions) -> str:
     require_counts(options, "rows", "length", "answer", "rank", "rounds", "prompts", "new_tokens")
     if options.answer >= options.length:
         raise InputError(f"answer must be less than length, {options.length}, not {options.answer}.")
-    device, folder = choose_device(options.device), checkpoint.local_folder(options.model)
+    device, folder = choose_device(options.device), checkpoint.resolve_model(options.model)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the clock waits for this one
     config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)
     batch = benchmark.random_batch(config, options.rows, options.length, options.answer, options.seed, device)
-    codec, peers = load_codec(folder, config.vocab_size), benchmark.load_peers(folder, base, options.rank)
+    tokenizer, peers = load_tokenizer(folder, config.vocab_size), benchmark.load_peers(folder, base, options.rank)
     how = {"rank": options.rank, "rounds": options.rounds}
     steps = benchmark.step_table(config, base, peers, batch, compile=options.compile, **how)
     print(steps, flush=True)
     asked = {name: getattr(options, name) for name in ("prompts", "length", "new_tokens", "seed")}
-    decoding = benchmark.decoding_table(config, base, codec, peers, **asked, **how)
+    decoding = benchmark.decoding_table(config, base, tokenizer, peers, **asked, **how)
     print(f"\n{decoding}")
     return f"{steps}\n\n{decoding}"

@@ -12,20 +12,20 @@ from tqdm import tqdm
 
 from lfu import InputError, checkpoint
 from lfu.data import Row, read_row, read_rows
-from lfu.distill import RECIPES, Answer, distilled
-from lfu.layouts import layout_named
+from lfu.distill import RECIPES, Answer, rewrite_answers
+from lfu.layouts import get_layout
 from lfu.verbs.shared import (
+    InferenceOptions,
     ModelOptions,
     RowsOptions,
-    SpeakerOptions,
+    check_writable,
     choose_device,
     choose_dtype,
-    differences,
+    describe_changes,
+    load_model,
+    load_prompt_setup,
     option,
     require_counts,
-    require_place,
-    speaker,
-    wording,
 )
 
 
@@ -42,7 +42,7 @@ class DistillOptions(RowsOptions, ModelOptions):
     max_new_tokens: int = option("longest answer, in tokens", 512)
     seed: int = option("seed of what is drawn", 42)
     batch_size: int = option("rows at a time", 32)
-    resume: bool = option("go on behind the rows that OUT already holds", False)
+    resume: bool = option("continue after the rows that OUT already holds", False)
 
 
 def distill(options: DistillOptions) -> Path:
@@ -53,20 +53,22 @@ def distill(options: DistillOptions) -> Path:
     Rows, their order and their other columns stay. Data in another layout than `columns` comes out in the two columns
     question and answer. InputError for what cannot be used, before anything is written.
     """
-    require_drawable(options)
+    check_sampling(options)
     out, record = Path(options.out), Path(f"{options.out}.json")
     rows = read_rows(options.data, options.reader())[: options.limit]
-    before = answers_in(out, record, options, rows)
-    asking = SpeakerOptions(model=options.model, dtype=options.dtype, device=options.device)
-    words = wording(asking)
-    settings = resolved(options, words.folder)
+    before = read_previous_answers(out, record, options, rows)
+    inference = InferenceOptions(model=options.model, dtype=options.dtype, device=options.device)
+    setup = load_prompt_setup(inference)
+    settings = run_settings(options, setup.folder)
     if options.resume:
         require_same(record, settings)
-    who = speaker(asking, words)
+    loaded = load_model(inference, setup)
     names = ("seed", "temperature", "top_k", "top_p", "max_new_tokens", "batch_size")
     how = {name: getattr(options, name) for name in names}
     checkpoint.write_json(record, settings)
-    batches = distilled(who.config, who.base, words.codec, rows[len(before) :], RECIPES[options.recipe], **how)
+    batches = rewrite_answers(
+        loaded.config, loaded.base, setup.tokenizer, rows[len(before) :], RECIPES[options.recipe], **how
+    )
     fresh = write_answers(options, rows, len(before), batches)
     answers = [*before, *(answer.text for answer in fresh)]
     new = sum(answer != row.answer for answer, row in zip(answers, rows))
@@ -76,7 +78,7 @@ def distill(options: DistillOptions) -> Path:
     return out
 
 
-def require_drawable(options: DistillOptions) -> None:
+def check_sampling(options: DistillOptions) -> None:
     """InputError for numbers that nothing can be drawn with."""
     require_counts(options, "top_k", "max_new_tokens", "batch_size", "limit")
     require_counts(options, "seed", least=0)
@@ -84,7 +86,7 @@ def require_drawable(options: DistillOptions) -> None:
         raise InputError("temperature must be more than 0 and finite, top-p more than 0 and at most 1.")
 
 
-def resolved(options: DistillOptions, folder: Path) -> dict[str, Any]:
+def run_settings(options: DistillOptions, folder: Path) -> dict[str, Any]:
     """The options, and what the model and the dtype turned out to be."""
     dtype = choose_dtype(options.dtype, folder, choose_device(options.device))
     found = {"model_fingerprint": checkpoint.fingerprint(folder), "dtype": str(dtype).removeprefix("torch.")}
@@ -95,7 +97,7 @@ def require_same(record: Path, settings: dict[str, Any]) -> None:
     """InputError where something that decides an answer differs from what is recorded."""
     before = checkpoint.read_json(record)
     deciding = ("model_fingerprint", "recipe", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype")
-    if changed := differences(deciding, before, settings):
+    if changed := describe_changes(deciding, before, settings):
         raise InputError(f"{record}: {changed}. Give the same options, or another --out.")
 
 
@@ -122,7 +124,7 @@ def with_answer(options: DistillOptions, row: Row, answer: str) -> dict[str, Any
     return kept | {options.answer: answer}
 
 
-def answers_in(out: Path, record: Path, options: DistillOptions, rows: list[Row]) -> list[str]:
+def read_previous_answers(out: Path, record: Path, options: DistillOptions, rows: list[Row]) -> list[str]:
     """The answers that OUT already holds, to be continued; half a line at its end is cut off.
 
     InputError if OUT or its record exists and is not to be continued, or OUT holds other rows.
@@ -132,13 +134,13 @@ def answers_in(out: Path, record: Path, options: DistillOptions, rows: list[Row]
             raise InputError(f"{out} exists already; answers are never overwritten. Choose another --out, or --resume.")
         if record.exists():
             raise InputError(f"{record} exists already: the options go there. Choose another --out, or remove it.")
-        require_place(out)
+        check_writable(out)
         return []
     if not out.is_file():
         raise InputError(f"{out} does not exist: there is nothing to continue. Leave out --resume.")
     held = out.read_bytes()
     lines = held[: held.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
-    layout = layout_named("columns", options.question, options.answer)
+    layout = get_layout("columns", options.question, options.answer)
     found = [read_row(out, number, line, layout) for number, line in enumerate(lines, 1)]
     if [row.fields for row in found] != [with_answer(options, row, old.answer) for row, old in zip(rows, found)]:
         raise InputError(f"{out} holds other rows than {options.data}. Give the same options, or another --out.")

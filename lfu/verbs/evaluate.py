@@ -9,27 +9,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lfu import InputError, spelled
+from lfu import InputError, option_name
 from lfu import evaluate as evaluating
 from lfu import generate as generating
 from lfu import likelihood as likelihoods
 from lfu.data import TEMPLATES, Example, Row, encode_row, read_rows
 from lfu.evaluate import Estimate
 from lfu.verbs.shared import (
+    InferenceOptions,
+    PromptSetup,
     RowsOptions,
-    SpeakerOptions,
-    Wording,
+    check_writable,
+    encode_question,
+    load_model,
+    load_prompt_setup,
     option,
-    prompt_of,
     require_counts,
-    require_place,
-    speaker,
-    wording,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(RowsOptions, SpeakerOptions):
+class EvalOptions(RowsOptions, InferenceOptions):
     data: str = option("JSONL file of questions and reference answers, of choices, or of texts")
     answer: str = option("name of the answer column: a text, of f1 also texts, of choices the index from 0", "answer")
     out: str | None = option("JSONL file for the predictions, written as they come; must not exist", None)
@@ -66,7 +66,7 @@ def evaluate(options: EvalOptions) -> dict[str, Estimate]:
     for name, value, how in by_likelihood(options) if options.score in likelihoods.SCORES else by_answers(options):
         if not results:
             print(f"{options.data}, model {options.model}, adapter {options.adapter or 'none'}")
-        print(f"  {described(name, value, how)}", flush=True)
+        print(f"  {format_score(name, value, how)}", flush=True)
         results[name] = value
     return results
 
@@ -109,18 +109,18 @@ def require_consistent(options: EvalOptions) -> None:
         if applies:
             raise InputError(sentence)
     if out is not None:
-        require_place(out)
+        check_writable(out)
 
 
 def require_effect(options: EvalOptions) -> None:
     """InputError for an option that the score does not look at."""
     score, likely = options.score, likelihoods.SCORES.get(options.score)
-    idle = [] if score in evaluating.WITH_REFERENCES else ["nll", "generate", "layout"]
-    idle += ["shots", "shots_data", "seed", "max_new_tokens"] if likely else ["max_length"]
-    idle += ["question", "template", "prompt"] if likely and not likely.asks else []
-    idle += ["answer"] if score in ("refusal", "mc2", "last-word", "perplexity") else []
+    unused = [] if score in evaluating.WITH_REFERENCES else ["nll", "generate", "layout"]
+    unused += ["shots", "shots_data", "seed", "max_new_tokens"] if likely else ["max_length"]
+    unused += ["question", "template", "prompt"] if likely and not likely.asks else []
+    unused += ["answer"] if score in ("refusal", "mc2", "last-word", "perplexity") else []
     given = [each.name for each in fields(options) if getattr(options, each.name) != each.default]
-    if without := [spelled(name) for name in given if name in idle]:
+    if without := [option_name(name) for name in given if name in unused]:
         raise InputError(f"The score {score} has no use for {' or '.join(without)}.")
 
 
@@ -134,38 +134,40 @@ def by_answers(options: EvalOptions) -> Iterator[Described]:
     rows = evaluating.read_questions(options.data, options.score, options.reader(), **columns)[: options.limit]
     if options.generate and options.score == "gsm8k":
         evaluating.require_numbers(options.data, rows)
-    words = wording(options)
+    setup = load_prompt_setup(options)
     measured = rows if options.nll is not False and options.score in evaluating.WITH_REFERENCES else []
-    examples = [answer_alone(encode_row(words.codec, words.format, row)) for row in measured]
-    prompts, stop = asked(options, words, rows) if options.generate else ([], ())
-    who = speaker(options, words)
+    examples = [answer_alone(encode_row(setup.tokenizer, setup.format, row)) for row in measured]
+    prompts, stop = build_prompts(options, setup, rows) if options.generate else ([], ())
+    loaded = load_model(options, setup)
     if examples:
-        nll = evaluating.answer_nll(who.config, who.base, examples, who.adapters, batch_size=options.batch_size)
-        yield "nll", nll, in_words(words)
+        nll = evaluating.answer_nll(
+            loaded.config, loaded.base, examples, loaded.adapters, batch_size=options.batch_size
+        )
+        yield "nll", nll, describe_prompt(setup)
     if options.generate:
         answers = generating.generate(
-            who.config, who.base, words.codec, prompts, who.adapters,
+            loaded.config, loaded.base, setup.tokenizer, prompts, loaded.adapters,
             max_new_tokens=options.max_new_tokens, stop=stop, batch_size=options.batch_size,
         )  # fmt: skip
-        hits = scored(options, rows, answers)
-        how = f"harness prompt, {options.shots}-shot" if options.prompt == "harness" else in_words(words)
+        hits = score_answers(options, rows, answers)
+        how = f"harness prompt, {options.shots}-shot" if options.prompt == "harness" else describe_prompt(setup)
         how += f", greedy, at most {options.max_new_tokens} new tokens"
         yield from ((name, evaluating.accuracy([hit[name] for hit in hits]), how) for name in hits[0])
 
 
-def asked(options: EvalOptions, words: Wording, rows: list[Row]) -> tuple[list[list[int]], Sequence[str]]:
+def build_prompts(options: EvalOptions, setup: PromptSetup, rows: list[Row]) -> tuple[list[list[int]], Sequence[str]]:
     """The prompts, and the strings that end an answer."""
-    codec, form = words.codec, words.format
+    tokenizer, form = setup.tokenizer, setup.format
     if options.prompt == "own":
-        prompts = [prompt_of(words, row.question, f"{options.data}, line {row.number}") for row in rows]
+        prompts = [encode_question(setup, row.question, f"{options.data}, line {row.number}") for row in rows]
         return prompts, TEMPLATES[form.template].stops
     pool = read_rows(options.shots_data, options.reader()) if options.shots_data else []
     shots = [evaluating.draw_shots(pool, options.shots, options.seed, row) for row in rows]
-    prompts = [evaluating.harness_prompt(codec, row, drawn, bos=form.bos) for row, drawn in zip(rows, shots)]
+    prompts = [evaluating.harness_prompt(tokenizer, row, drawn, bos=form.bos) for row, drawn in zip(rows, shots)]
     return prompts, evaluating.HARNESS_STOPS
 
 
-def scored(
+def score_answers(
     options: EvalOptions, rows: list[Row], answers: Iterator[tuple[int, generating.Completion]]
 ) -> list[dict[str, float]]:
     """The scores of every row; each prediction is written as soon as its batch is done."""
@@ -185,22 +187,26 @@ def by_likelihood(options: EvalOptions) -> Iterator[Described]:
     score = likelihoods.SCORES[options.score]
     columns = {"question": options.question, "answer": options.answer}
     items = likelihoods.read_items(options.data, options.score, **columns)[: options.limit]
-    words = wording(options)
-    folder, _, codec, form = words
+    setup = load_prompt_setup(options)
+    folder, _, tokenizer, form = setup
     length = options.max_length or likelihoods.longest_context(folder)
-    own = score.asks and options.prompt == "own"
-    asking = likelihoods.Asking(codec, form, own, likelihoods.prefix_id(folder, codec), length)
-    examples, cut = likelihoods.encode(options.data, options.score, asking, items)
+    use_template = score.asks and options.prompt == "own"
+    encoding = likelihoods.EncodingOptions(
+        tokenizer, form, use_template, likelihoods.prefix_id(folder, tokenizer), length
+    )
+    examples, cut = likelihoods.encode(options.data, options.score, encoding, items)
     if cut:
         print(f"{cut} contexts are too long for {length} tokens at once and lose their beginning.")
-    who = speaker(options, words)
-    found = likelihoods.likelihoods(who.config, who.base, examples, who.adapters, batch_size=options.batch_size)
+    loaded = load_model(options, setup)
+    found = likelihoods.likelihoods(
+        loaded.config, loaded.base, examples, loaded.adapters, batch_size=options.batch_size
+    )
     records: list[dict[str, Any]] = [{} for _ in items]
     with predictions(options) as write:
         for index, each in tqdm(found, total=len(items), unit="row"):
             records[index] = score.record(items[index], each)
             write(items[index].row, records[index])
-    how = f"{in_words(words, own)}, at most {length} tokens at once"
+    how = f"{describe_prompt(setup, use_template)}, at most {length} tokens at once"
     yield from ((name, value, how) for name, value in score.estimates(records).items())
 
 
@@ -219,13 +225,13 @@ def predictions(options: EvalOptions) -> Iterator[Callable[[Row, dict[str, Any]]
         yield write
 
 
-def in_words(words: Wording, in_template: bool = True) -> str:
+def describe_prompt(setup: PromptSetup, in_template: bool = True) -> str:
     """How a prompt begins."""
-    shape = f"template {words.format.template}" if in_template else "as plain text"
-    return f"{shape}, {'with' if words.format.bos and words.codec.bos else 'without'} BOS"
+    shape = f"template {setup.format.template}" if in_template else "as plain text"
+    return f"{shape}, {'with' if setup.format.bos and setup.tokenizer.bos else 'without'} BOS"
 
 
-def described(name: str, value: Estimate, how: str) -> str:
+def format_score(name: str, value: Estimate, how: str) -> str:
     """A score with its standard error, its n, and how it was asked for; in percent where it is a share."""
     mean, error, n = value
     if name == "nll":

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from lfu import generate as generating
 from lfu.data import TEMPLATES
-from lfu.verbs.shared import SpeakerOptions, option, prompt_of, require_counts, speaker, wording
+from lfu.verbs.shared import InferenceOptions, encode_question, load_model, load_prompt_setup, option, require_counts
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(SpeakerOptions):
+class GenerateOptions(InferenceOptions):
     question: str = option("what to ask")
     max_new_tokens: int = option("longest answer, in tokens", 256)
 
@@ -16,12 +16,12 @@ class GenerateOptions(SpeakerOptions):
 def generate(options: GenerateOptions) -> str:
     """Answer one question greedily; prints and returns the answer."""
     require_counts(options, "max_new_tokens")
-    words = wording(options)
-    prompt = prompt_of(words, options.question, "--question")
-    who = speaker(options, words)
+    setup = load_prompt_setup(options)
+    prompt = encode_question(setup, options.question, "--question")
+    loaded = load_model(options, setup)
     ((_, completion),) = generating.generate(
-        who.config, who.base, words.codec, [prompt], who.adapters,
-        max_new_tokens=options.max_new_tokens, stop=TEMPLATES[words.format.template].stops,
+        loaded.config, loaded.base, setup.tokenizer, [prompt], loaded.adapters,
+        max_new_tokens=options.max_new_tokens, stop=TEMPLATES[setup.format.template].stops,
     )  # fmt: skip
     print(completion.text)
     return completion.text

@@ -7,7 +7,7 @@ import torch
 
 from lfu import InputError, checkpoint, lora, model
 from lfu.baselines import ensemble
-from lfu.verbs.shared import adapter_format, as_options, in_stream, option, require_place
+from lfu.verbs.shared import adapter_format, cast_adapter, check_writable, format_flags, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +23,17 @@ def merge(options: MergeOptions) -> Path:
 
     Prints the largest change that the rounding of the merged weights makes to the logits of 64 random tokens.
     """
-    source, out = checkpoint.local_folder(options.model), Path(options.out)
+    source, out = checkpoint.resolve_model(options.model), Path(options.out)
     if out.exists():
         raise InputError(f"{out} exists already; choose another --out.")
-    require_place(out)
+    check_writable(out)
     if not 0 <= options.weight <= 1:
         raise InputError(f"weight is a share from 0 to 1, not {options.weight}.")
     config = model.read_config(source / "config.json")
     form = adapter_format(Path(options.adapter), source)
     saved = ensemble(lora.load(Path(options.adapter), config), 1 - options.weight)
     config, base = model.load(source, dtype=checkpoint.stored_dtype(source, "model.embed_tokens.weight"))
-    adapter = in_stream(saved, base)
+    adapter = cast_adapter(saved, base)
     merged = lora.merge(base, adapter)
     checkpoint.write_model(out, source, model.named_tensors(config, merged), model.rope_keys(config))
     tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
@@ -44,5 +44,5 @@ def merge(options: MergeOptions) -> Path:
     )
     if (Path(options.adapter) / "lfu_config.json").is_file():
         apart = "" if form.loss_on == "answer" else f", nearly: with {form.loss_on} questions are tokenised apart"
-        print(f"A merged folder does not know its prompts: ask it with {as_options(form)}{apart}.")
+        print(f"A merged folder does not know its prompts: ask it with {format_flags(form)}{apart}.")
     return out

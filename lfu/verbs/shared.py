@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lfu import InputError, checkpoint, lora, model, spelled
-from lfu.data import TEMPLATES, Codec, Format, load_codec, prompt_ids
-from lfu.layouts import LAYOUTS, Layout, layout_named
+from lfu import InputError, checkpoint, lora, model, option_name
+from lfu.data import TEMPLATES, Format, ModelTokenizer, load_tokenizer, prompt_ids
+from lfu.layouts import LAYOUTS, Layout, get_layout
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -44,10 +44,10 @@ def require_counts(options: Any, *names: str, least: int = 1) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < least:
-            raise InputError(f"{spelled(name)} must be at least {least}, not {value}.")
+            raise InputError(f"{option_name(name)} must be at least {least}, not {value}.")
 
 
-def require_place(out: str | Path) -> None:
+def check_writable(out: str | Path) -> None:
     """InputError where nothing could be written at `out`, which is a folder to fill or does not exist yet."""
     place = Path(out).absolute()
     first = next(path for path in (place, *place.parents) if path.exists())
@@ -56,20 +56,20 @@ def require_place(out: str | Path) -> None:
 
 
 IDENTITIES = {
-    "model_fingerprint": "the model's files are others",
-    "data_sha256": "the data file is another",
-    "adapter_sha256": "the adapter to go on from is another",
+    "model_fingerprint": "the model files differ",
+    "data_sha256": "the data file differs",
+    "adapter_sha256": "the adapter to continue from differs",
 }
 """What is compared by checksum, which says nothing to a reader."""
 
 
-def differences(names: Iterable[str], before: dict[str, Any], now: dict[str, Any]) -> str:
+def describe_changes(names: Iterable[str], before: dict[str, Any], now: dict[str, Any]) -> str:
     """In words, which of these settings are no longer what they were; empty if all are."""
 
     def difference(name: str) -> str:
         if name not in before:
-            return f"its {spelled(name)} was not recorded"
-        return IDENTITIES.get(name) or f"{spelled(name)} was {before[name]!r} and is {now[name]!r}"
+            return f"its {option_name(name)} was not recorded"
+        return IDENTITIES.get(name) or f"{option_name(name)} was {before[name]!r} and is {now[name]!r}"
 
     return "; ".join(difference(name) for name in names if before.get(name) != now[name])
 
@@ -96,14 +96,14 @@ class RowsOptions:
 
     def reader(self) -> Layout:
         """What finds the question and the answer in a row of the data."""
-        return layout_named(self.layout, self.question, self.answer)
+        return get_layout(self.layout, self.question, self.answer)
 
 
 # --- a model that can be asked --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeakerOptions(ModelOptions):
+class InferenceOptions(ModelOptions):
     adapter: str | None = option("adapter folder (default: the model alone)", None)
     template: str | None = option(
         "prompt template (default: the adapter's, else alpaca)", None, choices=list(TEMPLATES)
@@ -111,16 +111,16 @@ class SpeakerOptions(ModelOptions):
     bos: bool | None = option("BOS before the prompt (default: as the adapter was trained)", None)
 
 
-class Wording(NamedTuple):
+class PromptSetup(NamedTuple):
     """How a model is asked: all that prompts are made of, before any weights are read."""
 
     folder: Path
     config: model.Config
-    codec: Codec
+    tokenizer: ModelTokenizer
     format: Format
 
 
-class Speaker(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model, with or without an adapter, that can be asked."""
 
     config: model.Config
@@ -128,30 +128,30 @@ class Speaker(NamedTuple):
     adapters: list[lora.Adapter]
 
 
-def wording(options: SpeakerOptions) -> Wording:
+def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
     """The prompt's format is the adapter's own, unless it is given; without either, `Format()`."""
-    folder = checkpoint.local_folder(options.model)
+    folder = checkpoint.resolve_model(options.model)
     config = model.read_config(folder / "config.json")
     stored = adapter_format(Path(options.adapter), folder) if options.adapter else Format()
     asked = {"template": options.template, "bos": options.bos}
     form = stored._replace(**{name: value for name, value in asked.items() if value is not None})
-    return Wording(folder, config, load_codec(folder, config.vocab_size), form)
+    return PromptSetup(folder, config, load_tokenizer(folder, config.vocab_size), form)
 
 
-def prompt_of(words: Wording, question: str, where: str) -> list[int]:
-    """A question's prompt. InputError, naming where it stands, if there is no token to go on from."""
-    prompt = prompt_ids(words.codec, words.format, question)
+def encode_question(setup: PromptSetup, question: str, where: str) -> list[int]:
+    """A question's prompt. InputError, naming where it stands, if there is no token to continue from."""
+    prompt = prompt_ids(setup.tokenizer, setup.format, question)
     if not prompt:
         raise InputError(f"{where}: the question is empty, and neither template nor BOS puts a token before an answer.")
     return prompt
 
 
-def speaker(options: SpeakerOptions, words: Wording) -> Speaker:
+def load_model(options: InferenceOptions, setup: PromptSetup) -> LoadedModel:
     """Load what answers."""
-    device, folder = choose_device(options.device), words.folder
-    saved = [lora.load(Path(options.adapter), words.config, device=device)] if options.adapter else []
+    device, folder = choose_device(options.device), setup.folder
+    saved = [lora.load(Path(options.adapter), setup.config, device=device)] if options.adapter else []
     config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)
-    return Speaker(config, base, [in_stream(adapter, base) for adapter in saved])
+    return LoadedModel(config, base, [cast_adapter(adapter, base) for adapter in saved])
 
 
 def adapter_format(adapter: Path, folder: Path) -> Format:
@@ -172,12 +172,12 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
     return Format(**{name: settings[name] for name in Format._fields if name in settings})
 
 
-def as_options(form: Format) -> str:
+def format_flags(form: Format) -> str:
     """What to type to ask in this format."""
     return f"--template {form.template} --{'' if form.bos else 'no-'}bos"
 
 
-def in_stream(adapter: lora.Adapter, base: model.Params) -> lora.Adapter:
+def cast_adapter(adapter: lora.Adapter, base: model.Params) -> lora.Adapter:
     """The adapter in the dtype it is computed in."""
     tree, scale = adapter
     return tree_map(partial(Tensor.to, dtype=model.stream_dtype(base)), tree), scale

@@ -28,21 +28,21 @@ from tqdm import tqdm
 from lfu import InputError, __version__, checkpoint, lora, methods, model
 from lfu import train as training
 from lfu.baselines import ema
-from lfu.data import LOSS_ON, TEMPLATES, Example, Format, encode_rows, load_codec, read_rows
+from lfu.data import LOSS_ON, TEMPLATES, Example, Format, encode_rows, load_tokenizer, read_rows
 from lfu.loss import NORMS
 from lfu.memory import expected_peak
 from lfu.verbs.shared import (
     ModelOptions,
     RowsOptions,
     adapter_format,
-    as_options,
     block_numbers,
+    check_writable,
     choose_device,
     choose_dtype,
-    differences,
+    describe_changes,
+    format_flags,
     option,
     require_counts,
-    require_place,
 )
 
 
@@ -69,7 +69,7 @@ class TrainOptions(RowsOptions, ModelOptions):
     )
     rank: int = option("rank of the LoRA", 8)
     lora_alpha: float = option("scale of the LoRA times its rank", 16.0)
-    adapter: str | None = option("adapter folder to go on from, with a new optimizer (default: a fresh LoRA)", None)
+    adapter: str | None = option("adapter folder to continue from, with a new optimizer (default: a fresh LoRA)", None)
     ema: float | None = option("also write OUT/ema, the moving average of the adapter with this decay β", None)
     epochs: int = option("passes over the data", 3)
     batch_size: int = option("rows per optimizer step", 16)
@@ -102,12 +102,12 @@ def train(options: TrainOptions) -> Path:
 
     Under `torchrun` all processes compute, and the first one alone prints and writes.
     """
-    with joined(choose_device(options.device)) as device:
+    with process_group(choose_device(options.device)) as device:
         return fine_tune(options, device)
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[torch.device]:
+def process_group(device: torch.device) -> Iterator[torch.device]:
     """Under `torchrun`, this process as one of several that train together, each on a device of its own."""
     together = distributed.is_available() and distributed.is_torchelastic_launched()
     if device.type == "cuda":
@@ -118,9 +118,9 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         return
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        with nullcontext() if training.process()[0] == 0 else redirect_stdout(StringIO()):
+        with nullcontext() if training.rank_and_world_size()[0] == 0 else redirect_stdout(StringIO()):
             yield device
-        with suppress(RuntimeError):  # a process lost behind its last step is no loss
+        with suppress(RuntimeError):  # a process lost after its last step is no loss
             distributed.barrier()  # none leaves while another still needs it
     finally:
         distributed.destroy_process_group()
@@ -128,39 +128,39 @@ def joined(device: torch.device) -> Iterator[torch.device]:
 
 def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     """One run on one device, alone or as one of several processes."""
-    plan, out, (number, processes) = planned(options, device), Path(options.out), training.process()
+    plan, out, (number, processes) = plan_run(options, device), Path(options.out), training.rank_and_world_size()
     if processes > 1 and methods.is_stateful(plan.method):
         raise InputError(f"The method {options.method} goes through the micro-batches in turn: train in one process.")
     if number == 0:
-        require_own(out, plan.settings, options.resume)
+        check_output_folder(out, plan.settings, options.resume)
     config, base = model.load(plan.folder, dtype=plan.dtype, device=device)
     task = tree_map(partial(Tensor.to, device=device, dtype=model.stream_dtype(base), copy=True), plan.start)
     average = tree_map(Tensor.clone, task) if options.ema is not None and number == 0 else None
-    foretell(plan, base, task)
+    print_forecast(plan, base, task)
     if number == 0 and not options.resume:
         checkpoint.write_json(out / "settings.json", plan.settings)
     optimizer = training.adamw(task, plan.schedule)
     save_every = options.save_every or training.steps_per_epoch(len(plan.examples), plan.schedule)
     run = Run(out, plan.settings, save_every, options.keep, methods.state_of(plan.method), average)
-    first = restore(run, config, task, optimizer)
+    start_step = restore(run, config, task, optimizer)
     if processes > 1:
-        require_same_start(first, plan.settings)
-    steps = training.train(config, base, task, optimizer, plan.examples, plan.method, plan.schedule, first)
+        require_same_start(start_step, plan.settings)
+    steps = training.train(config, base, task, optimizer, plan.examples, plan.method, plan.schedule, start_step)
     if number == 0:
-        follow(run, steps, task, optimizer, first, training.total_steps(len(plan.examples), plan.schedule))
+        log_and_save(run, steps, task, optimizer, start_step, training.total_steps(len(plan.examples), plan.schedule))
     else:
         deque(steps, maxlen=0)
     return out / "adapter"
 
 
-def require_same_start(first: int, settings: dict[str, Any]) -> None:
-    """InputError unless all processes go on from the same step of the same run: their gradients are added up."""
-    own = first, {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-    starts: list[Any] = [None] * training.process()[1]
+def require_same_start(start_step: int, settings: dict[str, Any]) -> None:
+    """InputError unless all processes start from the same step of the same run: their gradients are added up."""
+    own = start_step, {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    starts: list[Any] = [None] * training.rank_and_world_size()[1]
     distributed.all_gather_object(starts, own)
     if any(start != own for start in starts):
         raise InputError(
-            f"The processes of this run start behind the steps {[step for step, _ in starts]}, or with other settings: "
+            f"The processes of this run start after the steps {[step for step, _ in starts]}, or with other settings: "
             "give all of them the same options and data, and an --out that they share."
         )
 
@@ -178,35 +178,35 @@ class Plan(NamedTuple):
     settings: dict[str, Any]
 
 
-def planned(options: TrainOptions, device: torch.device) -> Plan:
+def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     """What the options come to. InputError for anything in them or in the data that cannot be used."""
     require_counts(options, "rank", "limit", "save_every", "keep")
     if options.ema is not None and not 0 <= options.ema < 1:
         raise InputError(f"ema must be at least 0 and less than 1, not {options.ema}.")
     if not 0 < options.lora_alpha < math.inf:
         raise InputError(f"lora-alpha must be more than 0 and finite, not {options.lora_alpha}.")
-    folder = checkpoint.local_folder(options.model)
+    folder = checkpoint.resolve_model(options.model)
     config = model.read_config(folder / "config.json")
     schedule = training.Settings(**{name: getattr(options, name) for name in training.Settings._fields})
-    training.require_usable(schedule)
+    training.validate_settings(schedule)
     examples = read_examples(options, folder, config)
     method, chosen = methods.bind(
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
         alpha=options.alpha, lam=options.lam, beta=options.beta, layers=options.layers, norm=options.norm,
         remat=options.remat, compile=options.compile,
     )  # fmt: skip
-    start, dtype = starting_point(options, folder, config), choose_dtype(options.dtype, folder, device)
-    settings = resolved(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
+    start, dtype = initial_adapter(options, folder, config), choose_dtype(options.dtype, folder, device)
+    settings = run_settings(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
     return Plan(folder, config, schedule, examples, method, start, dtype, settings)
 
 
-def starting_point(options: TrainOptions, folder: Path, config: model.Config) -> lora.Lora:
+def initial_adapter(options: TrainOptions, folder: Path, config: model.Config) -> lora.Lora:
     """A fresh LoRA, or the given adapter, which must be one of this model, prompt format, rank and scale."""
     if options.adapter is None:
         return lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
     form = adapter_format(Path(options.adapter), folder)
     if (Path(options.adapter) / "lfu_config.json").is_file() and form[:2] != (options.template, options.bos):
-        raise InputError(f"{options.adapter} was trained with other prompts: give {as_options(form)}.")
+        raise InputError(f"{options.adapter} was trained with other prompts: give {format_flags(form)}.")
     start, scale = lora.load(Path(options.adapter), config)
     rank = len(next(iter(start[0].values())).A)
     if rank != options.rank or not math.isclose(scale, options.lora_alpha / options.rank, rel_tol=1e-6):
@@ -219,18 +219,20 @@ def starting_point(options: TrainOptions, folder: Path, config: model.Config) ->
 
 def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> list[Example]:
     """The tokenised rows; prints how many there are and which were left out."""
-    codec = load_codec(folder, config.vocab_size)
+    tokenizer = load_tokenizer(folder, config.vocab_size)
     rows = read_rows(options.data, options.reader())[: options.limit]
     form = Format(options.template, options.bos, options.loss_on)
-    examples, dropped = encode_rows(options.data, rows, codec, form, max_length=options.max_length, drop=options.drop)
-    supervised = sum(example.supervised for example in examples)
+    examples, dropped = encode_rows(
+        options.data, rows, tokenizer, form, max_length=options.max_length, drop=options.drop
+    )
+    supervised = sum(example.num_loss_tokens for example in examples)
     print(f"{options.data}: {len(examples)} rows, {supervised} tokens with loss, {len(dropped)} rows left out.")
     for reason in dropped[:10]:
         print(f"  left out: {reason}")
     return examples
 
 
-def resolved(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+def run_settings(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the run's result, for settings.json and, with the adapter, lfu_config.json."""
     identity = {
         "model_fingerprint": checkpoint.fingerprint(folder),
@@ -242,17 +244,17 @@ def resolved(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dic
     return asdict(options) | chosen | base | identity | {"lfu": __version__, "torch": torch.__version__}
 
 
-def require_own(out: Path, settings: dict[str, Any], resume: bool) -> None:
+def check_output_folder(out: Path, settings: dict[str, Any], resume: bool) -> None:
     """InputError unless the folder is empty, or, to resume, holds this very run."""
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} is not empty. Choose another --out, or continue the run in it with --resume.")
-        require_place(out)
+        check_writable(out)
         return
     if not (out / "settings.json").is_file():
         raise InputError(f"{out / 'settings.json'} does not exist: there is no run to continue. Leave out --resume.")
     before = defaults(TrainOptions) | checkpoint.read_json(out / "settings.json")
-    if changed := differences([name for name in settings if name not in MAY_CHANGE], before, settings):
+    if changed := describe_changes([name for name in settings if name not in MAY_CHANGE], before, settings):
         raise InputError(f"{out} holds another run: {changed}. Give the same settings, or another --out.")
 
 
@@ -261,13 +263,13 @@ def defaults(kind: type) -> dict[str, Any]:
     return {each.name: each.default for each in fields(kind) if each.default is not MISSING}
 
 
-def foretell(plan: Plan, base: model.Params, task: lora.Lora) -> None:
+def print_forecast(plan: Plan, base: model.Params, task: lora.Lora) -> None:
     """Print what the run will take, and whether it can learn anything."""
     if training.total_steps(len(plan.examples), plan.schedule) == 1 and plan.schedule.warmup > 0:
         print("The only step of this run is its warm-up, with learning rate 0: nothing is learned. See --warmup.")
     print_memory(base, task)
     rows = min(plan.schedule.micro_batch_size, plan.schedule.batch_size)
-    print_peak(partial(methods.tried, plan.method, plan.config, base, task), plan.examples, rows)
+    print_peak(partial(methods.probe, plan.method, plan.config, base, task), plan.examples, rows)
     if plan.settings["compile"]:
         print("That is the peak without torch.compile.")
 
@@ -287,7 +289,7 @@ def print_peak(step: Callable[[Example], object], examples: list[Example], rows:
     """What the largest micro-batch there may be takes on top: the longest rows, all padded to the longest of them."""
     longest = sorted(examples, key=lambda example: len(example.tokens))[-rows:]
     tokens = len(longest) * len(longest[-1].tokens)
-    expected = expected_peak(step, tokens, sum(example.supervised for example in longest) / tokens) / 2**20
+    expected = expected_peak(step, tokens, sum(example.num_loss_tokens for example in longest) / tokens) / 2**20
     print(
         f"A micro-batch of {len(longest)} x {len(longest[-1].tokens)} tokens is expected to take {expected:.0f} MiB "
         "more at its peak."
@@ -306,20 +308,24 @@ class Run:
     average: lora.Lora | None
 
 
-def follow(
+def log_and_save(
     run: Run,
     steps: Iterator[dict[str, float]],
     task: lora.Lora,
     optimizer: torch.optim.Optimizer,
-    first: int,
+    start_step: int,
     last: int,
 ) -> None:
     """Take the steps one by one, logging and saving; Ctrl-C ends the run after the step it is in, resumable."""
     log = run.out / "log.jsonl"
-    checkpoint.cut_log(log, first)
-    with interruptible() as interrupted, tqdm(total=last, initial=first, unit="step") as bar, log.open("a") as file:
+    checkpoint.truncate_log(log, start_step)
+    with (
+        interruptible() as interrupted,
+        tqdm(total=last, initial=start_step, unit="step") as bar,
+        log.open("a") as file,
+    ):
         clock = time.perf_counter()
-        for metrics in kept(run, steps, task, optimizer, first):
+        for metrics in save_on_failure(run, steps, task, optimizer, start_step):
             seconds = time.perf_counter() - clock
             metrics |= {"seconds": round(seconds, 4), "tokens_per_second": round(metrics["tokens"] / seconds, 1)}
             file.write(json.dumps(metrics) + "\n")
@@ -328,7 +334,7 @@ def follow(
             bar.update()
             done, stop = metrics["step"], bool(interrupted)  # read once: no end without its checkpoint
             if run.average is not None:
-                move_average(run.average, task, run.settings["ema"])
+                update_ema(run.average, task, run.settings["ema"])
             if done % run.save_every == 0 or done == last or stop:
                 save(run, task, optimizer, done)
             if stop and done < last:
@@ -341,7 +347,7 @@ def follow(
     print(f"Done: {run.out / 'adapter'}")
 
 
-def kept(
+def save_on_failure(
     run: Run, steps: Iterator[dict[str, float]], task: lora.Lora, optimizer: torch.optim.Optimizer, done: int
 ) -> Iterator[dict[str, float]]:
     """The steps as they come. Where memory or a process fails the next one, a checkpoint of those before is left.
@@ -396,7 +402,7 @@ METHOD_STATE = "method.safetensors"
 EMA = "ema"
 
 
-def move_average(average: lora.Lora, task: lora.Lora, decay: float) -> None:
+def update_ema(average: lora.Lora, task: lora.Lora, decay: float) -> None:
     """One step of the moving average, in place."""
     for tensor, value in zip(tree_leaves(average), tree_leaves(ema(average, task, decay)), strict=True):
         tensor.copy_(value)
@@ -412,7 +418,7 @@ def save(run: Run, task: lora.Lora, optimizer: torch.optim.Optimizer, step: int)
         if run.state:
             checkpoint.write_tensors(folder / METHOD_STATE, run.state)
         checkpoint.save_optimizer(folder, optimizer, step)
-    checkpoint.keep_last(run.out, run.keep)
+    checkpoint.prune_checkpoints(run.out, run.keep)
 
 
 def checkpoint_folder(run: Run, step: int) -> Path:

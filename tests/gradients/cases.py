@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from lfu import lora, steering, train
 from lfu.data import Batch, Example, collate
 from lfu.lora import Lora
-from lfu.loss import predicts, sft_loss
+from lfu.loss import answer_mask, sft_loss
 from lfu.model import Config, Params, Steering, forward
 from lfu.train import Aux, ascend, lfu_gradient, sft_gradient
 
@@ -81,7 +81,7 @@ def values(case: Case, task: Lora, aux: Aux | None) -> tuple[Tensor, list[Tensor
     tokens, labels = batch_of(rows)
     steered = isinstance(aux, Tensor)
     adapters = [(task, 2.0)] if steered or aux is None else [(task, 2.0), (aux, 2.0)]
-    logits, hidden = forward(config, base, tokens, adapters, Steering(aux, predicts(labels)) if steered else None)
+    logits, hidden = forward(config, base, tokens, adapters, Steering(aux, answer_mask(labels)) if steered else None)
     return sft_loss(logits, labels), hidden
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 Row = tuple[list[int], int]
 """The tokens of an example, and how many of them are given: the prompt. The rest is the answer y_1 .. y_T."""
 Steering = tuple[Tensor, list[int]]
-"""Vectors [K, D], and the positions they are added at behind each block."""
+"""Vectors [K, D], and the positions they are added at after each block."""
 Decoder = Callable[[list[int], list[Any], Steering | None], tuple[list[Tensor], Tensor]]
-"""(tokens, (LoRA, scale) pairs, steering) -> the residual stream [T, D] before the first block and behind each of the
+"""(tokens, (LoRA, scale) pairs, steering) -> the residual stream [T, D] before the first block and after each of the
 K blocks, K + 1 entries, and the logits [T, V]."""
 Leaves = list[Tensor]
 

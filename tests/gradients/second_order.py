@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lfu.data import Batch
 from lfu.lora import Lora
-from lfu.loss import consistency_loss, predicts, sft_loss
+from lfu.loss import answer_mask, consistency_loss, sft_loss
 from lfu.model import Config, Params, Steering, forward
 from lfu.train import Aux, ascend
 
@@ -32,7 +32,7 @@ def second_order_gradient(
     norm: str = "mean",
 ) -> Lora:
     """∇θ [sft(θ) + λ·consistency(θ, aux + α·g(θ)/‖g(θ)‖)] with g(θ) = ∇aux sft(θ, aux); arguments as `lfu_gradient`."""
-    mask = predicts(batch.labels)
+    mask = answer_mask(batch.labels)
 
     def run(task: Lora, aux: Aux) -> tuple[Tensor, list[Tensor]]:
         if isinstance(aux, Tensor):

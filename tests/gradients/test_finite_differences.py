@@ -13,7 +13,7 @@ from gradients.finite import FINITE, slope_error
 from torch import Tensor
 
 from lfu.lora import Lora
-from lfu.loss import consistency_loss, predicts
+from lfu.loss import answer_mask, consistency_loss
 
 
 def sft_slope_error() -> float:
@@ -40,7 +40,7 @@ def whole_slope_error(auxiliary: str) -> float:
 
 def frozen_consistency(auxiliary: str) -> Callable[[Lora], Tensor]:
     """Eq. 5 as a function of θ, where h and the ascended component stay where they are."""
-    moved, mask = ascent(case(), auxiliary).moved, predicts(case().batch.labels)
+    moved, mask = ascent(case(), auxiliary).moved, answer_mask(case().batch.labels)
     h = values(case(), case().task, None)[1]
     return lambda task: consistency_loss(h, values(case(), task, moved)[1], mask)
 

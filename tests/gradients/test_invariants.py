@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map
 from lfu import lora, steering
 from lfu.data import Batch
 from lfu.lora import Lora
-from lfu.loss import IGNORED, predicts
+from lfu.loss import IGNORED, answer_mask
 from lfu.model import Steering, forward
 from lfu.train import ascend, lfu_gradient, sft_gradient
 
@@ -196,7 +196,7 @@ def clean_and_steered() -> tuple[list[Tensor], list[Tensor], Tensor]:
     tokens, labels = batch_of(rows)
     vectors = randn(steering.zeros(config), torch.Generator().manual_seed(0))
     _, clean = forward(config, base, tokens, [(task, 2.0)])
-    _, steered = forward(config, base, tokens, [(task, 2.0)], Steering(vectors, predicts(labels)))
+    _, steered = forward(config, base, tokens, [(task, 2.0)], Steering(vectors, answer_mask(labels)))
     return clean, steered, vectors
 
 
@@ -211,7 +211,7 @@ def test_steering_leaves_the_prompt_alone() -> None:
 
 def test_the_first_block_is_steered_at_the_predicting_positions_alone() -> None:
     clean, steered, vectors = clean_and_steered()
-    expected = predicts(case().batch.labels)[..., None] * vectors[0]
+    expected = answer_mask(case().batch.labels)[..., None] * vectors[0]
     # Measured: 2e-15.
     torch.testing.assert_close(steered[0] - clean[0], expected, rtol=0, atol=2e-14)
 

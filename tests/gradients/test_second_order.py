@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.func import grad
 
 from lfu import lora, steering
-from lfu.data import Batch, Format, collate, encode_row, load_codec, read_rows
+from lfu.data import Batch, Format, collate, encode_row, load_tokenizer, read_rows
 from lfu.lora import Lora
-from lfu.loss import consistency_loss, predicts
+from lfu.loss import answer_mask, consistency_loss
 from lfu.model import Config, Params, load
 from lfu.train import ascend, lfu_gradient
 
@@ -41,7 +41,7 @@ def test_it_is_the_oracles_gradient_through_the_ascent(kind: str, auxiliary: str
 
 @pytest.mark.parametrize("auxiliary", AUXILIARIES)
 def test_it_is_the_slope_of_a_loss_that_ascends_anew_wherever_it_is_asked(auxiliary: str) -> None:
-    h, mask = values(case(), case().task, None)[1], predicts(case().batch.labels)
+    h, mask = values(case(), case().task, None)[1], answer_mask(case().batch.labels)
     aux = fresh(case().config, auxiliary)
 
     def loss(task: Lora) -> Tensor:
@@ -101,10 +101,10 @@ def tiny() -> Problem:
 def miniature() -> Problem:
     """The pretrained miniature in float64, four rows of its training data, and a task LoRA on its way."""
     config, base = load(MINI, dtype=torch.float64)
-    codec, generator = load_codec(MINI, config.vocab_size), torch.Generator().manual_seed(0)
+    tokenizer, generator = load_tokenizer(MINI, config.vocab_size), torch.Generator().manual_seed(0)
     rows = read_rows(MINI / "math" / "train.jsonl")[:4]
     fresh_task = lora.init(config, 8, generator=generator, dtype=torch.float64)
     task = [
         {name: pair._replace(B=randn(pair.B, generator, 0.02)) for name, pair in layer.items()} for layer in fresh_task
     ]
-    return config, base, task, collate([encode_row(codec, Format("question"), row) for row in rows])
+    return config, base, task, collate([encode_row(tokenizer, Format("question"), row) for row in rows])

@@ -50,7 +50,7 @@ def test_a_deliberate_error(auxiliary: str, wrong: str) -> None:
 
 
 def normed_last(config: Any, params: Any) -> oracle.Decoder:
-    """transformers' decoder whose last state is taken behind the final norm, as its own `hidden_states` have it."""
+    """transformers' decoder whose last state is taken after the final norm, as its own `hidden_states` have it."""
     decoder, norm = hooked(config, params), transformers_model(config, params).model.norm
 
     def mistaken(*arguments: Any) -> tuple[list[Tensor], Tensor]:

@@ -81,7 +81,7 @@ RELATIVE = Check(
     "difference-exact products are products", EXACT, lambda: [test_model.relative_error(kind) for kind in KINDS]
 )
 STEERED = true(
-    "steering is addition behind each block",
+    "steering is addition after each block",
     lambda: all(torch.equal(a, b) for a, b in zip(*test_model.steered_and_by_hand(), strict=True)),
 )
 

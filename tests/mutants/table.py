@@ -97,9 +97,9 @@ MODEL = [
         ("scores not divided by √h", "is_causal=mask is None", "is_causal=mask is None, scale=1.0", checks.ANY),
     ),
     *mistakes_in(
-        "model.visible",
-        ("window one longer", "behind < window)", "behind <= window)", checks.decoder("mistral_v01")),
-        ("window one shorter", "behind < window)", "behind < window - 1)", checks.decoder("mistral_v01")),
+        "model.attention_mask",
+        ("window one longer", "distance < window)", "distance <= window)", checks.decoder("mistral_v01")),
+        ("window one shorter", "distance < window)", "distance < window - 1)", checks.decoder("mistral_v01")),
     ),
     *mistakes_in(
         "model.block",
@@ -181,13 +181,14 @@ MODEL = [
         ),
         (
             "steering before the block",
-            "        x = block(config, layer, x.view_as(x), rotary, adapted(layer, index, adapters, product), attend)\n"
+            "        x = block(config, layer, x.view_as(x), rotary, "
+            "linear_with_adapters(layer, index, adapters, product), attend)\n"
             "        if steering is not None:\n"
             "            x = x + steering.mask[..., None] * steering.vectors[index]\n",
             "        if steering is not None:\n"
             "            x = x + steering.mask[..., None] * steering.vectors[index]\n"
             "        x = block(config, layer, x.view_as(x), rotary, "
-            "adapted(layer, index, adapters, product), attend)\n",
+            "linear_with_adapters(layer, index, adapters, product), attend)\n",
             checks.part("ascent", "steering"),
         ),
         ("mask of steering forgotten", "steering.mask[..., None] * ", "", checks.part("whole", "steering")),
@@ -195,7 +196,7 @@ MODEL = [
         ("vector of another block", "steering.vectors[index]", "steering.vectors[index - 1]", checks.STEERED),
     ),
     *mistakes_in(
-        "model.adapted",
+        "model.linear_with_adapters",
         ("scale forgotten", "scale * B)", "B)", checks.reading("other alpha")),
         (
             "last adapter only",
@@ -232,7 +233,7 @@ MODEL = [
             checks.decoding("llama31"),
         ),
         ("no window", "config.sliding_window)", "None)", checks.decoding("mistral_v01")),
-        ("logits behind the filler", "x[rows[:, 0], counts - 1]", "x[:, -1]", checks.decoding("qwen3")),
+        ("logits after the filler", "x[rows[:, 0], counts - 1]", "x[:, -1]", checks.decoding("qwen3")),
         ("filler counted", "cache.lengths + counts", "cache.lengths + tokens.shape[1]", checks.decoding("qwen3")),
         (
             "keys cached as values",
@@ -268,12 +269,12 @@ LORA = [
     ),
     *mistakes_in(
         "lora.stack",
-        ("all at the scale of the first", "scaled(lora, scale)", "scaled(lora, adapters[0][1])", checks.STACK),
+        ("all at the scale of the first", "fold_scale(lora, scale)", "fold_scale(lora, adapters[0][1])", checks.STACK),
         ("scale twice", "if alike else 1.0", "", checks.STACK),
         ("shared scale lost", "adapters[0][1] if alike else 1.0", "1.0", checks.part("whole", "lora")),
     ),
     *mistakes_in(
-        "lora.joined",
+        "lora.concatenate_ranks",
         (
             "A of the second forgotten",
             "torch.cat([A for A, _ in both])",
@@ -316,7 +317,7 @@ LORA = [
 
 LOSS = [
     *mistakes_in(
-        "loss.predicts",
+        "loss.answer_mask",
         (
             "mask unshifted",
             "F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)",
@@ -332,18 +333,19 @@ LOSS = [
     ),
     *mistakes_in(
         "loss.sft_loss",
-        ("labels unshifted", "predicts(labels)]", "predicts(labels).roll(1, 1)]", checks.SFT_LOSS),
+        ("labels unshifted", "answer_mask(labels)]", "answer_mask(labels).roll(1, 1)]", checks.SFT_LOSS),
         (
             "mean of the rows' means",
-            "return answer_loss(logits[predicts(labels)], targets(labels))",
-            "rows = [answer_loss(logits[i][predicts(labels)[i]], targets(labels[i : i + 1])) for i in range(2)]\n"
+            "return answer_loss(logits[answer_mask(labels)], answer_labels(labels))",
+            "rows = [answer_loss(logits[i][answer_mask(labels)[i]], answer_labels(labels[i : i + 1])) "
+            "for i in range(2)]\n"
             "    return torch.stack(rows).mean()",
             checks.SFT_LOSS,
         ),
         (
             "mean over prompts and padding too",
-            "targets(labels))",
-            "targets(labels)) * (len(targets(labels)) / labels.numel())",
+            "answer_labels(labels))",
+            "answer_labels(labels)) * (len(answer_labels(labels)) / labels.numel())",
             checks.SFT_LOSS,
         ),
     ),
@@ -396,7 +398,7 @@ LOSS = [
         ),
     ),
     *mistakes_in(
-        "loss.chosen_layers",
+        "loss.resolve_layers",
         ("blocks chosen by hand ignored", "sorted(set(layers))", "list(range(1, count + 1))", checks.CHOSEN),
     ),
 ]
@@ -407,15 +409,15 @@ STEP = [
         ("scale forgotten", "(task, scale)", "(task, 1.0)", checks.part("sft", "lora")),
         (
             "logits one position late",
-            "predicts(batch.labels)",
-            "predicts(batch.labels).roll(1, 1)",
+            "answer_mask(batch.labels)",
+            "answer_mask(batch.labels).roll(1, 1)",
             checks.part("sft", "lora"),
         ),
     ),
     *mistakes_in(
         "train.lfu_gradient",
-        ("logits one position late", "places = mask", "places = mask.roll(1, 1)", checks.WHOLE),
-        ("logits of the block before", "hidden[-1][places]", "hidden[-2][places]", checks.WHOLE),
+        ("logits one position late", "positions = mask", "positions = mask.roll(1, 1)", checks.WHOLE),
+        ("logits of the block before", "hidden[-1][positions]", "hidden[-2][positions]", checks.WHOLE),
         (
             "gradient through h",
             "compare(hidden, perturbed, mask, layers=layers, norm=norm), ()",
@@ -425,16 +427,16 @@ STEP = [
         ),
         (
             "gradient through the ascent",
-            "        perturbed = through(config, base, x, *with_aux(task, undesirable), exact)\n",
+            "        perturbed = run_trunk(config, base, x, *with_aux(task, undesirable), exact_product)\n",
             "        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):\n"
             "            moving = ascend(aux, torch.func.grad(lambda aux: objective(task, aux)[0])(aux), alpha)\n"
-            "            perturbed = through(config, base, x, *with_aux(task, moving), exact)\n",
+            "            perturbed = run_trunk(config, base, x, *with_aux(task, moving), exact_product)\n",
             checks.SLOPE,
         ),
         (
             "auxiliary component left where it started",
-            "through(config, base, x, *with_aux(task, undesirable)",
-            "through(config, base, x, *with_aux(task, aux)",
+            "run_trunk(config, base, x, *with_aux(task, undesirable)",
+            "run_trunk(config, base, x, *with_aux(task, aux)",
             checks.part("consistency", *checks.BOTH),
         ),
         (
@@ -481,7 +483,7 @@ STEP = [
         ),
     ),
     *mistakes_in(
-        "methods.fresh_like",
+        "methods.init_like",
         (
             "the same auxiliary LoRA for every batch",
             "generator=generator",
@@ -493,7 +495,7 @@ STEP = [
 
 MEMORY = [
     *mistakes_in(
-        "memory.alone",
+        "memory.single_block",
         ("adapter of the first block", "lora[index : index + 1]", "lora[:1]", checks.remat("none", *checks.BOTH)),
         (
             "vector of the first block",
@@ -505,7 +507,7 @@ MEMORY = [
     *mistakes_in(
         "memory.relative_to_states",
         (
-            "products behind the block in place of before it",
+            "products after the block in place of before it",
             "before[layer]",
             "before[layer + 1]",
             checks.remat(*checks.BOTH),
@@ -546,19 +548,19 @@ LOOP = [
         "train.step_gradient",
         (
             "weighted by rows",
-            "sum(example.supervised for example in micro_batch) / total",
+            "sum(example.num_loss_tokens for example in micro_batch) / total",
             "len(micro_batch) / len(examples)",
             checks.ACCUMULATION,
         ),
         (
             "weighted by all tokens, prompts included",
-            "sum(example.supervised for example in micro_batch) / total",
+            "sum(example.num_loss_tokens for example in micro_batch) / total",
             "sum(len(e.tokens) for e in micro_batch) / sum(len(e.tokens) for e in examples)",
             checks.ACCUMULATION,
         ),
         (
             "mean of the micro-batches' means",
-            "sum(example.supervised for example in micro_batch) / total",
+            "sum(example.num_loss_tokens for example in micro_batch) / total",
             "1 / math.ceil(len(examples) / settings.micro_batch_size)",
             checks.ACCUMULATION,
         ),
@@ -659,14 +661,14 @@ LOOP = [
 
 DATA = [
     *mistakes_in(
-        "data.Example.supervised",
-        ("the first token counted", "max(self.prompt, 1)", "self.prompt", checks.SUPERVISED),
+        "data.Example.num_loss_tokens",
+        ("the first token counted", "max(self.prompt_length, 1)", "self.prompt_length", checks.SUPERVISED),
         ("the first token of an instruction counted", " - (0 in self.instruction)", "", checks.INSTRUCTION_SUPERVISED),
     ),
     *mistakes_in(
         "data.encode_prompt",
-        ("BOS forgotten", "*(codec.bos if format.bos else ())", "", checks.bos(True, True)),
-        ("BOS where none is wanted", "(codec.bos if format.bos else ())", "codec.bos", checks.bos(True, False)),
+        ("BOS forgotten", "*(tokenizer.bos if format.bos else ())", "", checks.bos(True, True)),
+        ("BOS where none is wanted", "(tokenizer.bos if format.bos else ())", "tokenizer.bos", checks.bos(True, False)),
         (
             "pieces of a template joined before they are tokenised",
             "for piece in pieces for",
@@ -694,12 +696,12 @@ DATA = [
     ),
     *mistakes_in(
         "data.encode_row",
-        ("EOS missing", "[*prompt, *answer, codec.eos]", "[*prompt, *answer]", checks.bos(True, True)),
-        ("two EOS", "*answer, codec.eos]", "*answer, codec.eos, codec.eos]", checks.bos(True, True)),
+        ("EOS missing", "[*prompt, *answer, tokenizer.eos]", "[*prompt, *answer]", checks.bos(True, True)),
+        ("two EOS", "*answer, tokenizer.eos]", "*answer, tokenizer.eos, tokenizer.eos]", checks.bos(True, True)),
         (
             "prompt and answer tokenised together",
-            "[*prompt, *answer, codec.eos]",
-            "[*prompt[:1], *token_ids(codec, row.question + row.answer), codec.eos]",
+            "[*prompt, *answer, tokenizer.eos]",
+            "[*prompt[:1], *token_ids(tokenizer, row.question + row.answer), tokenizer.eos]",
             checks.BORDER,
         ),
         (
@@ -710,29 +712,29 @@ DATA = [
         ),
     ),
     *mistakes_in(
-        "data.labelled",
+        "data.make_labels",
         (
             "prompt carries loss",
-            "[IGNORED] * example.prompt + example.tokens[example.prompt :]",
+            "[IGNORED] * example.prompt_length + example.tokens[example.prompt_length :]",
             "example.tokens",
             checks.LEARNED,
         ),
         (
             "EOS carries none",
-            "example.tokens[example.prompt :]",
-            "[*example.tokens[example.prompt : -1], IGNORED]",
+            "example.tokens[example.prompt_length :]",
+            "[*example.tokens[example.prompt_length : -1], IGNORED]",
             checks.LEARNED,
         ),
         (
             "first token of the answer carries none",
-            "[IGNORED] * example.prompt + example.tokens[example.prompt :]",
-            "[IGNORED] * (example.prompt + 1) + example.tokens[example.prompt + 1 :]",
+            "[IGNORED] * example.prompt_length + example.tokens[example.prompt_length :]",
+            "[IGNORED] * (example.prompt_length + 1) + example.tokens[example.prompt_length + 1 :]",
             checks.LEARNED,
         ),
         (
             "labels shifted here and in the loss",
-            "[IGNORED] * example.prompt + example.tokens[example.prompt :]",
-            "[IGNORED] * (example.prompt - 1) + example.tokens[example.prompt :] + [IGNORED]",
+            "[IGNORED] * example.prompt_length + example.tokens[example.prompt_length :]",
+            "[IGNORED] * (example.prompt_length - 1) + example.tokens[example.prompt_length :] + [IGNORED]",
             checks.COLLATED,
         ),
         ("instruction carries none", "labels[place] = example.tokens[place]", "pass", checks.INSTRUCTION),
@@ -778,7 +780,7 @@ GENERATION = [
         ),
     ),
     *mistakes_in(
-        "generate.continued",
+        "generate.decode_batch",
         ("one token too many", "range(max_new_tokens)", "range(max_new_tokens + 1)", checks.generation("llama31")),
         ("one token too few", "range(max_new_tokens)", "range(max_new_tokens - 1)", checks.BUDGET),
         ("finished rows go on", "if not done[row]:", "if True:", checks.STOPPING),
@@ -802,7 +804,7 @@ GENERATION = [
         ("not normalised again", " / kept.sum(-1, keepdim=True)", "", checks.WARPED),
     ),
     *mistakes_in(
-        "generate.sampled",
+        "generate.make_sampler",
         ("seed ignored", "[seed, numbers[index], step]", "[numbers[index], step]", checks.DRAWN_APART),
         ("the place in the batch, not the row", "numbers[index]", "numbers[0]", checks.DRAWN_APART),
         ("one draw for all steps", "numbers[index], step]", "numbers[index]]", checks.DRAWN_APART),
@@ -819,11 +821,11 @@ GENERATION = [
         ("padding counted", "lengths=counts)", "lengths=counts * 0 + counts.max())", checks.generation("llama31")),
     ),
     *mistakes_in(
-        "generate.ended",
+        "generate.is_finished",
         (
             "only the first EOS id ends",
-            "tokens[-1] in codec.stops",
-            "tokens[-1] == codec.eos",
+            "tokens[-1] in tokenizer.stops",
+            "tokens[-1] == tokenizer.eos",
             checks.EOS,
         ),
         ("a stop string only at the end of the text", "string in text", "text.endswith(string)", checks.MIDDLE),
@@ -836,7 +838,7 @@ GENERATION = [
         "generate.complete",
         (
             "EOS kept",
-            "tokens[:-1] if tokens and tokens[-1] in codec.stops else tokens",
+            "tokens[:-1] if tokens and tokens[-1] in tokenizer.stops else tokens",
             "tokens",
             checks.EOS,
         ),
@@ -847,7 +849,7 @@ GENERATION = [
 
 DISTILLATION = [
     *mistakes_in(
-        "distill.fault_of",
+        "distill.rejection_reason",
         ("an empty text taken", "if not text:", "if False:", checks.LEFT),
         ("banned phrases in lower case only", "in text.lower()", "in text", checks.LEFT),
         (
@@ -878,7 +880,7 @@ DISTILLATION = [
         ("spaces kept", '.replace(" ", "")', "", checks.INTEGERS),
     ),
     *mistakes_in(
-        "distill.selected",
+        "distill.choose_answer",
         ("the reference stripped too", "reference if fault", "reference.strip() if fault", checks.LEFT),
         ("the text not stripped", "else text.strip()", "else text", checks.TAKEN),
     ),
@@ -913,7 +915,7 @@ BASELINES = [
         ("gradient of the start", "ascend(task, ascent, alpha)", "task", checks.SAM),
     ),
     *mistakes_in(
-        "baselines.features",
+        "baselines.feature_regulariser",
         ("λ forgotten", "lam * penalty", "penalty", checks.penalty("l2", "mean")),
         ("penalty alone", "sft + ", "", checks.penalty("l2", "mean")),
     ),
@@ -939,16 +941,16 @@ BASELINES = [
         ),
         (
             "without the final norm",
-            "rms_norm(h[-1][places], base.norm, config.rms_norm_eps)",
-            "h[-1][places]",
+            "rms_norm(h[-1][positions], base.norm, config.rms_norm_eps)",
+            "h[-1][positions]",
             checks.LOGITS,
         ),
-        ("the block before", "h[-1][places]", "h[-2][places]", checks.LOGITS),
-        ("every position", "places = mask", "places = torch.ones_like(mask)", checks.LOGITS),
+        ("the block before", "h[-1][positions]", "h[-2][positions]", checks.LOGITS),
+        ("every position", "positions = mask", "positions = torch.ones_like(mask)", checks.LOGITS),
         (
             "logits rounded, not their difference",
-            "z + frozen(n_perturbed - n.detach(), base.lm_head)",
-            "frozen(n_perturbed, base.lm_head)",
+            "z + frozen_linear(n_perturbed - n.detach(), base.lm_head)",
+            "frozen_linear(n_perturbed, base.lm_head)",
             checks.bfloat16("logits"),
         ),
     ),
@@ -976,7 +978,12 @@ BASELINES = [
     ),
     *mistakes_in(
         "anchored.reference_probabilities",
-        ("reference one position late", "predicts(batch.labels)", "predicts(batch.labels).roll(1, 1)", checks.ANCHORED),
+        (
+            "reference one position late",
+            "answer_mask(batch.labels)",
+            "answer_mask(batch.labels).roll(1, 1)",
+            checks.ANCHORED,
+        ),
     ),
 ]
 

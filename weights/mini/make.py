@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from lfu import data, model
 from lfu.checkpoint import write_json, write_tensors
-from lfu.data import Batch, Codec, Example
+from lfu.data import Batch, Example, ModelTokenizer
 from lfu.evaluate import is_right
 from lfu.generate import generate
 from lfu.loss import sft_loss
@@ -438,13 +438,13 @@ BATCH, LEARNING_RATE, WARM_UP = 48, 4e-3, 200
 FORMAT = data.Format("question")
 
 
-def encode_story(codec: Codec, text: str) -> Example:
-    return Example([*codec.bos, *data.token_ids(codec, text), codec.eos], prompt=1, row=0)
+def encode_story(tokenizer: ModelTokenizer, text: str) -> Example:
+    return Example([*tokenizer.bos, *data.token_ids(tokenizer, text), tokenizer.eos], prompt=1, row=0)
 
 
-def encode_question(codec: Codec, row: Row) -> Example:
+def encode_question(tokenizer: ModelTokenizer, row: Row) -> Example:
     """Without loss on the question: what it asks about is chance, and a small model learns faster when spared it."""
-    return data.encode_row(codec, FORMAT, data.Row(0, row["question"], row["answer"], row))
+    return data.encode_row(tokenizer, FORMAT, data.Row(0, row["question"], row["answer"], row))
 
 
 def initial(config: Config, generator: torch.Generator) -> Params:
@@ -492,11 +492,11 @@ def pretrain(config: Config, params: Params, examples: Sequence[Example]) -> Non
 # --- how good it is ---------------------------------------------------------------------------------------------------
 
 
-def scores(config: Config, params: Params, codec: Codec, rows: Sequence[Row]) -> dict[str, float]:
+def scores(config: Config, params: Params, tokenizer: ModelTokenizer, rows: Sequence[Row]) -> dict[str, float]:
     """Task -> the share of its rows that are answered exactly, greedily."""
-    prompts = [data.prompt_ids(codec, FORMAT, row["question"]) for row in rows]
+    prompts = [data.prompt_ids(tokenizer, FORMAT, row["question"]) for row in rows]
     marks: dict[str, list[bool]] = {}
-    for index, completion in generate(config, params, codec, prompts, max_new_tokens=64):
+    for index, completion in generate(config, params, tokenizer, prompts, max_new_tokens=64):
         marks.setdefault(rows[index]["task"], []).append(is_right(completion.text, rows[index]["answer"]))
     return {task: sum(hits) / len(hits) for task, hits in sorted(marks.items())}
 
@@ -504,9 +504,9 @@ def scores(config: Config, params: Params, codec: Codec, rows: Sequence[Row]) ->
 def print_scores(splits: dict[str, list[Row]]) -> None:
     """The saved model on every test split."""
     config, params = model.load(HERE)
-    codec = data.load_codec(HERE, config.vocab_size)
+    tokenizer = data.load_tokenizer(HERE, config.vocab_size)
     for split in (split for split in splits if split.endswith("/test")):
-        shares = scores(config, params, codec, splits[split])
+        shares = scores(config, params, tokenizer, splits[split])
         print(f"{split:18}", "  ".join(f"{task} {share:.0%}" for task, share in shares.items()))
 
 
@@ -521,8 +521,8 @@ def make_model(splits: dict[str, list[Row]]) -> None:
         train_tokenizer([*stories, *(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows)])
     )
     config = model.read_config(HERE / "config.json")
-    codec = data.load_codec(HERE, config.vocab_size)
-    examples = [encode_question(codec, row) for row in rows] + [encode_story(codec, text) for text in stories]
+    tokenizer = data.load_tokenizer(HERE, config.vocab_size)
+    examples = [encode_question(tokenizer, row) for row in rows] + [encode_story(tokenizer, text) for text in stories]
     random.Random("order").shuffle(examples)
     params = initial(config, torch.Generator().manual_seed(0))
     pretrain(config, params, examples)
