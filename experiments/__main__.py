@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from experiments import plan, report
 from experiments.mini import MINI, Spec, result, step_times
-from lfu import checkpoint
+from lfu.io.files import read_json, sha256, write_json
 
 ROOT = Path(__file__).parent.parent
 CHOICES = ROOT / "experiments" / "choices.json"
@@ -66,11 +66,11 @@ def require_same_version(out: Path) -> None:
     """SystemExit if the runs in this folder were made by other code or from other weights and rows."""
     files = [*sorted((ROOT / "lfu").rglob("*.py")), ROOT / "experiments" / "mini.py"]
     files += [path for path in sorted(MINI.rglob("*")) if path.is_file()]
-    version = hashlib.sha256("".join(checkpoint.sha256(path) for path in files).encode()).hexdigest()
+    version = hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()
     record = out / "version.json"
     if not record.is_file() and not (out / "runs").is_dir():
-        checkpoint.write_json(record, {"sha256": version})
-    elif not record.is_file() or checkpoint.read_json(record)["sha256"] != version:
+        write_json(record, {"sha256": version})
+    elif not record.is_file() or read_json(record)["sha256"] != version:
         raise SystemExit(f"The runs in {out} were made by another version of the code: give another --out.")
 
 
@@ -82,11 +82,11 @@ def run_whole(out: Path, workers: int) -> None:
     run_all(out, plan.main_table(choices, plan.ALL_SEEDS), workers)
     run_all(out, plan.choosing(plan.MORE_TRIALS), workers)
     choices |= plan.choose(look_up, plan.MORE_TRIALS)
-    checkpoint.write_json(out / "choices.json", choices)
+    write_json(out / "choices.json", choices)
     run_all(out, plan.whole(choices), workers)
     if not (out / "times.json").is_file():
         torch.set_num_threads(1)
-        checkpoint.write_json(out / "times.json", step_times({row: choices[row] for row in plan.TRIALS}, rounds=50))
+        write_json(out / "times.json", step_times({row: choices[row] for row in plan.TRIALS}, rounds=50))
 
 
 def run_all(out: Path, specs: Sequence[Spec], workers: int) -> None:

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from lfu import model
-from lfu.checkpoint import write_json, write_tensors
+from lfu.io.files import write_json, write_tensors
 
 MODULES = {
     "attn_norm": "input_layernorm", "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj",

@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 
 from experiments.markdown import markdown
-from lfu import InputError, checkpoint
+from lfu.errors import InputError
+from lfu.io.files import read_json, write_json
 from lfu.verbs.shared import choose_device
 
 RANK, SCALE, ALPHA, LAM = 8, 2.0, 0.1, 5.0
@@ -127,9 +128,9 @@ def run_part(parsed: argparse.Namespace) -> int:
 def save(run: Run, part: str, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
     """Print a table and add it to DIR/results.json and DIR/results.md."""
     path = run.out / "results.json"
-    tables = checkpoint.read_json(path)["tables"] if path.is_file() else []
+    tables = read_json(path)["tables"] if path.is_file() else []
     table = {"part": part, "title": title, "head": [*head], "rows": [[*row] for row in rows], "note": note}
-    checkpoint.write_json(path, {"machine": machine(run.device), "tables": [*tables, table]})
+    write_json(path, {"machine": machine(run.device), "tables": [*tables, table]})
     tell(run.out, "\n\n".join([f"## {title}", markdown(head, rows), *([note] if note else []), machine(run.device)]))
 
 

@@ -18,9 +18,11 @@ from experiments import costs
 from experiments.gpu import NAMES, RANK, SCALE, Run, save, tell
 from experiments.mini import MINI
 from experiments.scale import SHAPES, drawn
-from lfu import bench, checkpoint, lora, methods, model, train
+from lfu import bench, lora, methods, model
 from lfu.bench import Work, spread
 from lfu.data import Batch, load_tokenizer
+from lfu.errors import is_out_of_memory
+from lfu.io.files import write_json
 from lfu.memory import expected_peak, peak
 from lfu.model import Config, Params
 
@@ -44,7 +46,7 @@ SMALL_SHAPE = {
 def large(run: Run) -> Large:
     settings = SHAPES["llama-3.1-8b"] | (SMALL_SHAPE if run.small else {})
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.write_json(Path(folder) / "config.json", settings)
+        write_json(Path(folder) / "config.json", settings)
         config = model.read_config(Path(folder) / "config.json")
     generator = torch.Generator(run.device).manual_seed(0)
     tensors = {name: drawn(shape, generator) for name, shape in model.tensor_shapes(config).items()}
@@ -193,7 +195,7 @@ def tried(works: dict[str, Work], device: torch.device) -> tuple[dict[str, int],
         try:
             peaks[title] = bytes_at_peak(work, device)
         except RuntimeError as fault:
-            faults[title] = "out of memory" if train.is_out_of_memory(fault) else str(fault).splitlines()[0]
+            faults[title] = "out of memory" if is_out_of_memory(fault) else str(fault).splitlines()[0]
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return peaks, faults

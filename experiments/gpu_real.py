@@ -19,10 +19,10 @@ import torch
 from experiments.gpu import LIMITS, Run, save, tell
 from experiments.mini import MINI
 from lfu import cli, lora, model
-from lfu.checkpoint import read_json, write_json
 from lfu.data import TEMPLATES, Example, Format, encode_row, load_tokenizer, prompt_ids, read_rows, token_ids
 from lfu.evaluate import Estimate, accuracy, answer_nll, gsm8k_scores
 from lfu.generate import generate
+from lfu.io.files import read_json, write_json
 
 METHODS: dict[str, dict[str, Any]] = {
     "base": {},

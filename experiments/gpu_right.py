@@ -24,12 +24,14 @@ from torch.utils._pytree import tree_map
 from experiments import fidelity
 from experiments.gpu import ALPHA, LAM, NAMES, RANK, SCALE, Run, save
 from experiments.mini import MINI
-from lfu import bench, checkpoint, cli, lora, methods, model, steering, train
+from lfu import bench, cli, lora, methods, model, steering, train
 from lfu.bench import Work
 from lfu.data import Batch, Format, collate, encode_row, load_tokenizer, prompt_ids, read_rows
 from lfu.generate import generate
+from lfu.io.tensors import read_all_tensors
 from lfu.lora import Lora
 from lfu.model import Config
+from lfu.runs import checkpoints
 
 DTYPES = (torch.float64, torch.float32)
 
@@ -172,7 +174,7 @@ def whole_runs(run: Run, folder: Path) -> tuple[list[str], list[list[str]], str]
 
 def tensors_of(adapter: Path) -> Tensor:
     """All weights of a saved adapter as one vector."""
-    tensors = checkpoint.read_all_tensors(adapter / "adapter_model.safetensors")
+    tensors = read_all_tensors(adapter / "adapter_model.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
@@ -198,11 +200,11 @@ def kill_after_checkpoint(arguments: list[str], out: Path) -> int:
     process = subprocess.Popen(
         [sys.executable, "-m", "lfu.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while process.poll() is None and not checkpoint.checkpoints(out):
+    while process.poll() is None and not checkpoints(out):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    return int(checkpoint.checkpoints(out)[-1].name.removeprefix("step-"))
+    return int(checkpoints(out)[-1].name.removeprefix("step-"))
 
 
 def scored(adapter: Path, device: Any, small: bool) -> dict[str, float]:

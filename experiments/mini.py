@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lfu import checkpoint, data, lora, methods, model, train
+from lfu import data, lora, methods, model, train
 from lfu.baselines import ema, ensemble
 from lfu.bench import interleaved
 from lfu.data import Example, Format, ModelTokenizer, Row
 from lfu.distill import Recipe, rewrite_answers
 from lfu.evaluate import PROMPT_VARIANTS, answer_nll, harness_prompt, is_right, refusal_scores
 from lfu.generate import generate
+from lfu.io.files import write_json
 from lfu.lora import Adapter, Lora
 from lfu.loss import answer_mask
 from lfu.model import Config, Params
@@ -105,7 +106,7 @@ def result(out: Path, spec: Spec) -> dict[str, Any]:
     path = out / "runs" / spec.path
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, {"spec": asdict(spec)} | run(spec))
+        write_json(path, {"spec": asdict(spec)} | run(spec))
     return found(out, spec)
 
 

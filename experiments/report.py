@@ -16,9 +16,9 @@ import numpy as np
 from experiments import paper, plan
 from experiments.markdown import markdown
 from experiments.mini import CATEGORIES, SPLITS, Spec, found
-from lfu import checkpoint
 from lfu.bench import spread
 from lfu.evaluate import PROMPT_VARIANTS, accuracy
+from lfu.io.files import write_json
 
 COLUMNS = [*SPLITS, "average", "balance"]
 GRADIENT = ["gradient norm", "clipped steps"]
@@ -432,7 +432,7 @@ def write(out: Path, page: Path) -> None:
         name: [look_up(spec) for spec in specs if (out / "runs" / spec.path).is_file()] for name, specs in plans.items()
     }
     times = json.loads((out / "times.json").read_text()) if (out / "times.json").is_file() else {}
-    checkpoint.write_json(page / "miniature.json", {"choices": choices} | there | {"seconds of a gradient": times})
+    write_json(page / "miniature.json", {"choices": choices} | there | {"seconds of a gradient": times})
     text = FINDINGS.read_text(encoding="utf-8") + "".join(f"\n## {name}\n\n{body}\n" for name, body in tables.items())
     (page / "miniature.md").write_text(text, encoding="utf-8")
     try:

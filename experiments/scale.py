@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from experiments import paper
-from lfu import bench, checkpoint, methods, model
+from lfu import bench, methods, model
+from lfu.io.files import write_json, write_tensors
 from lfu.memory import peak
 from lfu.model import Config, Params
 
@@ -116,16 +117,16 @@ def resident(line: str = "VmRSS") -> float:
 def write(settings: dict, folder: Path) -> None:
     """Random weights, a shard at a time, so that the whole model is never in memory."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", settings)
     config = model.read_config(folder / "config.json")
     shards = list(sharded(model.tensor_shapes(config)))
     generator, weight_map = torch.Generator().manual_seed(0), {}
     for number, shapes in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        checkpoint.write_tensors(folder / file, {name: drawn(shape, generator) for name, shape in shapes.items()})
+        write_tensors(folder / file, {name: drawn(shape, generator) for name, shape in shapes.items()})
         weight_map |= dict.fromkeys(shapes, file)
         print(f"{folder / file}: {len(shapes)} tensors", flush=True)
-    checkpoint.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def sharded(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:

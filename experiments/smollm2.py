@@ -32,8 +32,7 @@ import torch.nn.functional as F
 from experiments.markdown import markdown
 from experiments.mini import state_squares
 from experiments.report import difference
-from lfu import InputError, checkpoint, cli, model
-from lfu.checkpoint import read_json
+from lfu import cli, model
 from lfu.data import (
     TEMPLATES,
     Example,
@@ -47,6 +46,7 @@ from lfu.data import (
     read_rows,
     token_ids,
 )
+from lfu.errors import InputError
 from lfu.evaluate import (
     PROMPT_VARIANTS,
     Estimate,
@@ -58,10 +58,12 @@ from lfu.evaluate import (
     sum_rows,
 )
 from lfu.generate import generate
+from lfu.io.files import read_json, write_json
 from lfu.lora import Adapter
 from lfu.lora import load as load_adapter
 from lfu.loss import answer_mask
 from lfu.model import Config, Params
+from lfu.runs import checkpoints
 
 SETTINGS = {
     "sft": {"method": "sft"},
@@ -210,12 +212,12 @@ def fine_tuned(paths: Paths, world: World, name: str) -> list[Adapter]:
         run = paths.out / name.replace("stopped", "sft")
         if not (run / "adapter").is_dir():
             raise InputError(f"{name} is a checkpoint of {run.name}, which has not been trained to its end.")
-        steps = checkpoint.checkpoints(run)
+        steps = checkpoints(run)
         for step in steps:
             score_checkpoint(world, step, "drift", drift_scores)
         return [stopped_in_time(world, steps)]
     last = cli.train(options_of(paths, name))
-    for step in checkpoint.checkpoints(paths.out / name):
+    for step in checkpoints(paths.out / name):
         score_checkpoint(world, step, "nll", partial(nll_scores, rows=world.test[:CURVE_ROWS]))
     return [load_adapter(last, world.config)]
 
@@ -260,7 +262,7 @@ def score_once(path: Path, measure: Callable[[], dict[str, Estimate]]) -> dict[s
 def kept(path: Path, make: Callable[[], dict]) -> dict:
     """What `make` gives, made once: from then on it is read from the file."""
     if not path.is_file():
-        checkpoint.write_json(path, make())
+        write_json(path, make())
         print("Written:", path, flush=True)
     return read_json(path)
 

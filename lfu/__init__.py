@@ -6,12 +6,3 @@ Start with `model.py`, then `lora.py`, `steering.py`, `loss.py` and `train.py`: 
 """
 
 __version__ = "0.1.0"
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what, where, and what to do."""
-
-
-def option_name(name: str) -> str:
-    """A setting as the command line spells it, without its dashes: lambda for `lam`, batch-size for `batch_size`."""
-    return {"lam": "lambda"}.get(name, name).replace("_", "-")

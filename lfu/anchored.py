@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfu import InputError
 from lfu.baselines import loss_gradient
 from lfu.data import Batch
+from lfu.errors import InputError
 from lfu.lora import Lora
 from lfu.loss import answer_mask
 from lfu.model import Config, Params, embed, trunk, unembed

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lfu import InputError
 from lfu.data import Batch
+from lfu.errors import InputError
 from lfu.lora import Adapter, Lora
 from lfu.loss import IGNORED, answer_labels, answer_loss, answer_mask
 from lfu.memory import rematerialised

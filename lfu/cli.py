@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from lfu import InputError, __version__, option_name
+from lfu import __version__
 from lfu import likelihood as likelihoods
-from lfu import train as training
+from lfu.errors import InputError, is_out_of_memory, option_name
 from lfu.methods import RELEASED
 from lfu.verbs.bench import BenchOptions, bench
 from lfu.verbs.distill import DistillOptions, distill
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lfu: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not training.is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         print(f"lfu: {str(error) or 'Out of memory.'} What helps: {memory_advice(options(**parsed))}.", file=sys.stderr)
         return 2

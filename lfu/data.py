@@ -22,8 +22,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lfu import InputError
-from lfu.checkpoint import read_json
+from lfu.errors import InputError
+from lfu.io.files import read_json
 from lfu.layouts import Layout, columns
 from lfu.loss import IGNORED
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lfu import InputError
 from lfu.data import Example, ModelTokenizer, Row, collate, read_rows, split_by_length, token_ids
+from lfu.errors import InputError
 from lfu.layouts import Layout, columns
 from lfu.lora import Adapter
 from lfu.loss import answer_labels, answer_mask

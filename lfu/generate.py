@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lfu import InputError
 from lfu.data import ModelTokenizer, pad
+from lfu.errors import InputError
 from lfu.lora import Adapter
 from lfu.model import Cache, Config, Params, decode, empty_cache
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lfu import InputError
+from lfu.errors import InputError
 
 Layout = Callable[[dict[str, Any]], tuple[str, str]]
 """A row's JSON object -> (question, answer). InputError, without file and line, names the column that is at fault."""

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lfu import InputError
-from lfu.checkpoint import read_json
 from lfu.data import Example, Format, ModelTokenizer, Row, prompt_ids, read_rows, require_template, token_ids
+from lfu.errors import InputError
 from lfu.evaluate import Estimate, Likelihood, accuracy, ratio, row_likelihoods
+from lfu.io.files import read_json
 from lfu.layouts import columns, require_column
 from lfu.lora import Adapter
 from lfu.model import Config, Params

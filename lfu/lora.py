@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lfu import InputError
-from lfu.checkpoint import first_few, read_json, read_tensors, tensor_files, write_json, write_tensors
+from lfu.errors import InputError
+from lfu.io.files import first_few, read_json, write_json, write_tensors
+from lfu.io.tensors import read_tensors, tensor_files
 from lfu.model import MODULES, Config, Params, layer_shapes, stream_dtype
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

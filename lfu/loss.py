@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfu import InputError
+from lfu.errors import InputError
 
 IGNORED = -100
 """The label of a token that carries no loss: prompt and padding."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu import InputError, lora, model, option_name, steering
+from lfu import lora, model, steering
 from lfu.anchored import anchored, require_share
 from lfu.baselines import (
     feature_regulariser,
@@ -28,20 +28,12 @@ from lfu.baselines import (
     sam,
 )
 from lfu.data import Batch, Example, collate
+from lfu.errors import InputError, option_name, require_not_negative
 from lfu.lora import Lora
 from lfu.loss import require_norm, resolve_layers
 from lfu.model import Config, Params
 from lfu.released import released_lora, released_reps, require_rows
-from lfu.train import (
-    Method,
-    Metrics,
-    Settings,
-    compiled,
-    differentiate,
-    lfu_gradient,
-    require_not_negative,
-    sft_gradient,
-)
+from lfu.train import Method, Metrics, Settings, compiled, differentiate, lfu_gradient, sft_gradient
 
 
 def sft(

@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfu import InputError
-from lfu.checkpoint import parse_config, read_tensors, resolve_model, stored_dtype
+from lfu.errors import InputError
+from lfu.io.config import parse_config
+from lfu.io.huggingface import resolve_model
+from lfu.io.tensors import read_tensors, stored_dtype
 
 if TYPE_CHECKING:
     from lfu.lora import Adapter

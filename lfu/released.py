@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.utils._pytree import tree_map
 
-from lfu import InputError
 from lfu.data import Batch, Example, collate
+from lfu.errors import InputError
 from lfu.lora import Lora
 from lfu.loss import IGNORED, consistency_loss, sft_loss
 from lfu.model import (

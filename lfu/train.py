@@ -12,18 +12,18 @@ Read next: `methods.py`; `memory.py` is for when a step does not fit.
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.func import grad_and_value, vjp
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lfu import InputError, option_name
 from lfu.data import Batch, Example, collate, shuffled, split_by_length
+from lfu.distributed import all_reduce, rank_and_world_size
+from lfu.errors import InputError, option_name, out_of_memory_at, require_not_negative
 from lfu.lora import Adapter, Lora, stack
 from lfu.loss import answer_labels, answer_loss, answer_mask, consistency_loss
 from lfu.memory import relative_to_states, rematerialised
@@ -177,13 +177,6 @@ def require_no_op(aux: Aux) -> None:
         )
 
 
-def require_not_negative(**values: float) -> None:
-    """InputError unless each value is finite and at least 0."""
-    for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"{option_name(name)} must be at least 0 and finite, not {value}.")
-
-
 # --- the loop -------------------------------------------------------------------------------------
 
 
@@ -267,57 +260,14 @@ def step_gradient(
         if index % processes != number:
             continue
         generator = generator_for(settings, step, index, device)
-        with out_of_memory_at(step, micro_batch):
+        lengths, lines = [len(row.tokens) for row in micro_batch], [row.line_number for row in micro_batch]
+        with out_of_memory_at(step, lengths, lines):
             part, values = method(config, base, task, collate(micro_batch, device), generator)
         require_finite(part, values, step, micro_batch)
         weight = sum(example.num_loss_tokens for example in micro_batch) / total
         gradient = tree_map(partial(torch.add, alpha=weight), gradient, part)
         metrics = {name: metrics.get(name, 0.0) + weight * float(value) for name, value in values.items()}
     return all_reduce(gradient, metrics) if processes > 1 else (gradient, metrics)
-
-
-@contextmanager
-def out_of_memory_at(step: int, micro_batch: Sequence[Example]) -> Iterator[None]:
-    """MemoryError, naming the batch, where the device has no room for it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        rows, length = len(micro_batch), max(len(example.tokens) for example in micro_batch)
-        raise MemoryError(
-            f"Step {step + 1}: out of memory in a batch of {rows} x {length} tokens, the rows of lines "
-            f"{[example.line_number for example in micro_batch]}."
-        ) from error
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an accelerator or the CPU could not give the memory asked for; for the CPU, torch has no class of it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """The number of this process and how many train together: (0, 1) unless `torch.distributed` says otherwise."""
-    together = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
-
-
-def all_reduce(gradient: Lora, metrics: dict[str, float]) -> tuple[Lora, dict[str, float]]:
-    """Both added up over all processes; ConnectionError if one of them is gone."""
-    leaves, structure = tree_flatten(gradient)
-    whole = torch.cat([leaf.flatten() for leaf in leaves])
-    all_metrics: list[dict[str, float]] = [{} for _ in range(rank_and_world_size()[1])]
-    try:
-        distributed.all_reduce(whole)
-        distributed.all_gather_object(all_metrics, metrics)
-    except RuntimeError as error:
-        raise ConnectionError(
-            "Another process of this run is gone; check its output and fix the cause. Then continue with --resume."
-        ) from error
-    parts = whole.split([leaf.numel() for leaf in leaves])
-    gradient = tree_unflatten([part.view_as(leaf) for part, leaf in zip(parts, leaves)], structure)
-    names = {name: None for each in all_metrics for name in each}
-    return gradient, {name: sum(each.get(name, 0.0) for each in all_metrics) for name in names}
 
 
 def total_steps(count: int, settings: Settings) -> int:

@@ -12,8 +12,10 @@ from compare import gap
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lfu import checkpoint, lora
+from lfu import lora
+from lfu.io.files import sha256
 from lfu.model import load
+from lfu.runs import checkpoints
 
 ROUNDED = 1e-6
 """Averages of float32 numbers of at most 1 in another order. Measured: 6e-8."""
@@ -45,7 +47,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def test_ema_is_the_moving_average_of_every_step(run: Path) -> None:
-    steps = checkpoint.checkpoints(run)
+    steps = checkpoints(run)
     assert len(steps) == 6
     # The start is not saved; with learning rate 0 in the first step, it is what the first step left.
     average = tensors(steps[0])
@@ -59,7 +61,7 @@ def test_ema_is_the_moving_average_of_every_step(run: Path) -> None:
 
 def test_a_run_with_an_average_resumes_bit_for_bit(data: Path, run: Path, tmp_path: Path) -> None:
     again = trained(data, tmp_path / "again", keep=9, save_every=1, ema=0.5)
-    for step in checkpoint.checkpoints(again)[2:]:
+    for step in checkpoints(again)[2:]:
         for file in sorted(step.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
         step.rmdir()
@@ -82,14 +84,14 @@ def test_a_run_goes_on_from_an_adapter(data: Path, run: Path, tmp_path: Path) ->
     first, fresh = (read_lines(folder / "log.jsonl")[0]["sft"] for folder in (on, run))
     assert first < 0.8 * fresh
     settings = json.loads((on / "settings.json").read_text())
-    assert settings["adapter_sha256"] == checkpoint.sha256(start / "adapter_model.safetensors")
+    assert settings["adapter_sha256"] == sha256(start / "adapter_model.safetensors")
 
 
 def test_a_damaged_average_is_refused(
     data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(run, tmp_path / "run")
-    damaged = checkpoint.checkpoints(out)[-1] / "ema" / "adapter_model.safetensors"
+    damaged = checkpoints(out)[-1] / "ema" / "adapter_model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     assert lfu("train", **settings(data) | {"out": out, "keep": 9, "save_every": 1, "ema": 0.5, "resume": True}) == 2
     assert refusal(capsys).startswith(f"{damaged} is damaged")

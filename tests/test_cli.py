@@ -28,14 +28,18 @@ from safetensors.torch import load_file, save_file
 from tiny import LENGTH, random_lora, random_tokens, tiny_config
 from torch import Tensor
 
-from lfu import InputError, __version__, checkpoint, cli, lora, methods
+from lfu import __version__, cli, lora, methods, runs
 from lfu import generate as generating
 from lfu.cli import DistillOptions, EvalOptions, GenerateOptions, MergeOptions, TrainOptions, main, parser
 from lfu.data import Format, encode_row, load_tokenizer, prompt_ids, read_rows
 from lfu.distill import rewrite_answers
+from lfu.errors import InputError
 from lfu.evaluate import answer_nll, draw_shots, harness_prompt
+from lfu.io import files, huggingface
+from lfu.io.huggingface import fingerprint
 from lfu.memory import peak
 from lfu.model import forward, load, read_config
+from lfu.runs import checkpoints, prune_checkpoints
 from lfu.train import Settings, sft_gradient
 
 QUESTION = "Compute 7+5."
@@ -211,7 +215,7 @@ def test_a_run_holds_its_settings_its_log_and_its_adapter(run: Path) -> None:
     assert [line["epoch"] for line in log] == [1, 1, 1, 2, 2, 2]
     assert all(math.isfinite(line[name]) for line in log for name in ("sft", "consistency", "ascent_norm", "tokens"))
     assert sorted(path.name for path in run.iterdir()) == ["adapter", "checkpoints", "log.jsonl", "settings.json"]
-    assert [path.name for path in checkpoint.checkpoints(run)] == ["step-3", "step-6"]  # one an epoch
+    assert [path.name for path in checkpoints(run)] == ["step-3", "step-6"]  # one an epoch
     assert json.loads((run / "adapter" / "lfu_config.json").read_text()) == settings
     last = run / "checkpoints" / "step-6" / "adapter_model.safetensors"
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == last.read_bytes()
@@ -352,7 +356,7 @@ def test_a_merged_folder_is_whole_in_one_file_and_in_many(
 ) -> None:
     source, adapter = tiny
     out = tmp_path / "merged"
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", shard_bytes)
     assert lfu("merge", model=source, adapter=adapter, out=out) == 0
     files = sorted(out.glob("*.safetensors"))
     assert (len(files) > 3) == (shard_bytes == 20_000)
@@ -639,7 +643,7 @@ def test_an_adapter_of_other_weights_is_refused(
 def test_a_model_without_its_tokenizer_cannot_be_compared(tmp_path: Path) -> None:
     shutil.copy(MINI / "config.json", tmp_path)
     with pytest.raises(InputError, match=r"tokenizer\.json does not exist: a model folder holds"):
-        checkpoint.fingerprint(tmp_path)
+        fingerprint(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["template", "bos", "model_fingerprint"])
@@ -657,7 +661,7 @@ def test_files_that_are_not_read_do_not_make_another_model(tmp_path: Path) -> No
     clone = tmp_path / "clone"
     shutil.copytree(MINI, clone, ignore=shutil.ignore_patterns("*.jsonl"))
     shutil.copy(clone / "model.safetensors", clone / "consolidated.safetensors")
-    assert checkpoint.fingerprint(clone) == checkpoint.fingerprint(MINI)
+    assert fingerprint(clone) == fingerprint(MINI)
 
 
 @pytest.mark.parametrize(
@@ -817,7 +821,7 @@ def test_what_is_not_finite_ends_the_run_at_its_last_good_step(
     assert len(rows) == 2
     assert all(f"Compute {row}+{row}." in text for row, text in zip(rows, shown, strict=True))
     assert "No update was made. Lower the learning rate" in sentence
-    assert [path.name for path in checkpoint.checkpoints(out)] == ["step-2"]
+    assert [path.name for path in checkpoints(out)] == ["step-2"]
     kept, expected = (tensors_in(run / "checkpoints" / "step-2") for run in (out, tmp_path / "sound"))
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
     assert len(read_lines(out / "log.jsonl")) == 2
@@ -860,7 +864,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 ) -> None:  # fmt: skip
     """The disk is full, by the library's word or by the system's, when the second checkpoint is written."""
     options = {"model": MINI, "data": data, "method": "sft", "batch_size": 4, "save_every": 1, "epochs": 1}
-    out, keep_last = tmp_path / "run", checkpoint.prune_checkpoints
+    out, keep_last = tmp_path / "run", prune_checkpoints
     before: dict[str, bytes] = {}
 
     def after_the_first(run: Path, count: int) -> None:
@@ -869,12 +873,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         if failure is None:
             limit.enter_context(file_size_limit(100_000))
         else:
-            monkeypatch.setattr(checkpoint, "save_file", refuse)
+            monkeypatch.setattr(files, "save_file", refuse)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(checkpoint, "prune_checkpoints", after_the_first)
+    monkeypatch.setattr(runs, "prune_checkpoints", after_the_first)
     with ExitStack() as limit:
         status = lfu("train", out=out, **options)
     assert status == 2

@@ -10,8 +10,9 @@ import torch
 from commands import MINI, environment
 from torch.utils._pytree import tree_leaves
 
-from lfu import InputError, bench, methods, model, train
+from lfu import bench, methods, model, train
 from lfu.data import Example, load_tokenizer
+from lfu.errors import InputError
 from lfu.evaluate import answer_nll
 from lfu.generate import generate
 from lfu.verbs.shared import best_device, choose_dtype

@@ -14,7 +14,7 @@ from commands import MINI, environment, read_lines, uneven_sums, write_rows
 from compare import distance
 from safetensors.torch import load_file
 
-from lfu import checkpoint
+from lfu.runs import checkpoints
 
 COMMON: dict[str, Any] = {
     "model": MINI, "dtype": "float64", "template": "plain", "rank": 2, "learning_rate": 0.01, "batch_size": 6,
@@ -75,7 +75,7 @@ def test_a_lost_process_stops_the_run_and_one_process_can_go_on(data: Path, tmp_
         command(2, out, data, **options), stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )
     try:
-        wait_for(lambda: len(checkpoint.checkpoints(out)) > 0 and len(log(out)) > 2)
+        wait_for(lambda: len(checkpoints(out)) > 0 and len(log(out)) > 2)
         os.kill(worker(whole.pid, rank=1), signal.SIGKILL)
         _, errors = whole.communicate(timeout=120)
     finally:
@@ -84,7 +84,7 @@ def test_a_lost_process_stops_the_run_and_one_process_can_go_on(data: Path, tmp_
     assert whole.returncode != 0
     # The first process notices it in its next sum, or is told by torchrun between two steps.
     assert "lfu: Another process of this run is gone" in errors or "lfu: Stopped after step" in errors
-    (last,) = checkpoint.checkpoints(out)
+    (last,) = checkpoints(out)
     steps = int(last.name.removeprefix("step-"))
     assert steps >= 2
     stopped = subprocess.Popen(

@@ -15,8 +15,8 @@ import torch
 from commands import MINI, write_rows
 from tiny import CONFIGS, random_lora, random_params, random_tokens
 
-from lfu import InputError
 from lfu.data import Example, ModelTokenizer, Row, load_tokenizer
+from lfu.errors import InputError
 from lfu.evaluate import (
     HARNESS_STOPS,
     INVALID,

@@ -15,7 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny import random_lora, reference_model, tiny_config
 from torch import Tensor
 
-from lfu import InputError, checkpoint, lora
+from lfu import lora
+from lfu.errors import InputError
+from lfu.io import files, huggingface
+from lfu.io.files import new_folder, write_json, write_tensors, write_text
+from lfu.io.huggingface import resolve_model
 from lfu.lora import TARGETS
 from lfu.model import load, read_config
 
@@ -72,7 +76,7 @@ def test_hub_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
     def no(*_: Any, **__: Any) -> None:
         raise OSError("offline")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", no)
+    monkeypatch.setattr(huggingface, "snapshot_download", no)
     with refused("no folder some/model, and the hub did not give it: offline.*HF_TOKEN"):
         load("some/model")
 
@@ -95,8 +99,8 @@ def test_of_a_hub_id_only_what_is_needed_is_downloaded(folder: Path, monkeypatch
         asked.append((name, set(filter_repo_objects(HUB | ELSEWHERE, **patterns))))
         return str(folder)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
-    assert checkpoint.resolve_model("meta-llama/Llama-3.1-8B") == folder
+    monkeypatch.setattr(huggingface, "snapshot_download", download)
+    assert resolve_model("meta-llama/Llama-3.1-8B") == folder
     assert asked == [("meta-llama/Llama-3.1-8B", HUB)]
 
 
@@ -436,8 +440,8 @@ class Interrupted(Exception):
 
 def test_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "run"
-    with checkpoint.new_folder(target) as folder:
-        checkpoint.write_text(folder / "a.txt", "new")
+    with new_folder(target) as folder:
+        write_text(folder / "a.txt", "new")
         assert not target.exists()
         assert folder.parent == target.parent
     assert [path.name for path in target.parent.iterdir()] == ["run"]
@@ -449,7 +453,7 @@ def test_folder_replaces_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "run"
     target.mkdir()
     (target / "old.txt").write_text("old")
-    with checkpoint.new_folder(target) as folder:
+    with new_folder(target) as folder:
         (folder / "new.txt").write_text("new")
         assert (target / "old.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -462,7 +466,7 @@ def test_folder_is_untouched_by_an_error(tmp_path: Path, existed: bool) -> None:
     if existed:
         target.mkdir()
         (target / "old.txt").write_text("old")
-    with pytest.raises(Interrupted), checkpoint.new_folder(target) as folder:
+    with pytest.raises(Interrupted), new_folder(target) as folder:
         (folder / "half.txt").write_text("ha")
         raise Interrupted
     assert [path.name for path in tmp_path.iterdir()] == ["run"] * existed
@@ -471,16 +475,16 @@ def test_folder_is_untouched_by_an_error(tmp_path: Path, existed: bool) -> None:
 
 def test_text_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "deep" / "settings.json"
-    checkpoint.write_json(target, {"λ": 5.0})
+    write_json(target, {"λ": 5.0})
     assert json.loads(target.read_text(encoding="utf-8")) == {"λ": 5.0}
 
     def interrupted(path: Path) -> None:
         assert path.read_text() == "new"
         raise Interrupted
 
-    monkeypatch.setattr(checkpoint, "fsync", interrupted)
+    monkeypatch.setattr(files, "fsync", interrupted)
     with pytest.raises(Interrupted):
-        checkpoint.write_text(target, "new")
+        write_text(target, "new")
     assert json.loads(target.read_text(encoding="utf-8")) == {"λ": 5.0}
     assert [path.name for path in target.parent.iterdir()] == ["settings.json"]
 
@@ -489,7 +493,7 @@ def test_text_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_modes_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
-        with checkpoint.new_folder(tmp_path / "adapter") as folder:
+        with new_folder(tmp_path / "adapter") as folder:
             lora.save(folder, (random_lora(CONFIG, 2, seed=0), 2.0), base="base")
         # Asking for the umask must not have changed it.
         assert os.umask(umask) == umask
@@ -502,7 +506,7 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
 def test_tensors_written_are_the_tensors_read(tmp_path: Path) -> None:
     """Views and transposes as well: what is stored is the value, not the memory behind it."""
     table = torch.arange(12.0).reshape(3, 4)
-    checkpoint.write_tensors(tmp_path / "t.safetensors", {"view": table[:, 1:3], "transposed": table.T})
+    write_tensors(tmp_path / "t.safetensors", {"view": table[:, 1:3], "transposed": table.T})
     tensors = load_file(tmp_path / "t.safetensors")
     assert torch.equal(tensors["view"], table[:, 1:3])
     assert torch.equal(tensors["transposed"], table.T)
@@ -542,7 +546,7 @@ def test_old_folder_survives_a_failing_rename(tmp_path: Path, monkeypatch: pytes
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no rename today"), checkpoint.new_folder(target) as folder:
+    with pytest.raises(OSError, match="no rename today"), new_folder(target) as folder:
         (folder / "new.txt").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert (target / "old.txt").read_text() == "old"

@@ -7,7 +7,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from experiments import gpu, gpu_costs
-from lfu import bench, checkpoint, lora
+from lfu import bench, lora
+from lfu.io.files import read_json
 from lfu.loss import IGNORED, sft_loss
 from lfu.model import forward
 
@@ -25,7 +26,7 @@ def small(out: Path, *arguments: str) -> int:
 def test_every_part_runs_and_fills_its_tables(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert small(out) == 0
-    tables = checkpoint.read_json(out / "results.json")["tables"]
+    tables = read_json(out / "results.json")["tables"]
     assert [title for title, table in zip(TITLES, tables, strict=True) if table["title"].startswith(title)] == [*TITLES]
     assert all(len(row) == len(table["head"]) for table in tables for row in table["rows"])
     assert not [row for table in tables for row in table["rows"] if "nan" in row or "not done in time" in row]

@@ -10,9 +10,10 @@ import torch
 from commands import MINI, read_lines, refusal, write_rows
 from tiny import CONFIGS, random_lora, random_params
 
-from lfu import InputError, cli, evaluate, likelihood
+from lfu import cli, evaluate, likelihood
 from lfu.cli import EvalOptions, main
 from lfu.data import Example, Format, ModelTokenizer, Row, load_tokenizer, prompt_ids, token_ids
+from lfu.errors import InputError
 from lfu.evaluate import Likelihood
 from lfu.likelihood import (
     SCORES,

@@ -23,7 +23,8 @@ from tiny import (
 )
 from torch import Tensor
 
-from lfu import InputError, lora
+from lfu import lora
+from lfu.errors import InputError
 from lfu.lora import TARGETS, Adapter, LowRank
 from lfu.model import Llama3Scaling, Params, forward, load
 

@@ -27,8 +27,9 @@ from tiny import (
 )
 from torch import Tensor
 
-from lfu import InputError, model, steering
-from lfu.checkpoint import read_json
+from lfu import model, steering
+from lfu.errors import InputError
+from lfu.io.files import read_json
 from lfu.model import (
     Cache,
     Config,

@@ -19,7 +19,8 @@ import pytest
 import torch
 from commands import MINI, environment, read_lines, refusal, uneven_sums, write_rows
 
-from lfu import checkpoint, cli, methods
+from lfu import cli, methods
+from lfu.runs import checkpoints
 
 METHODS = ("sft", "lfu-lora", "lfu-reps", "released-lora", "released-reps", "neftune")
 """SFT, each auxiliary, and those that draw or carry along something else."""
@@ -81,7 +82,7 @@ def kept(method: str) -> set[str]:
 def assert_same(run: Path, reference: Path) -> None:
     assert timeless(run) == timeless(reference)
     assert weights(run / "adapter") == weights(reference / "adapter")
-    last, expected = (checkpoint.checkpoints(each)[-1] for each in (run, reference))
+    last, expected = (checkpoints(each)[-1] for each in (run, reference))
     assert last.name == expected.name
     assert weights(last).keys() == kept(json.loads((run / "settings.json").read_text())["method"])
     assert weights(last) == weights(expected)
@@ -117,7 +118,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
         interrupt(patch, method, 2 * step - 1)
         assert train(out, data, method=method, save_every=100) == 130
     assert f"lfu: Stopped after step {step} of {STEPS}; continue with --resume." in capsys.readouterr().err
-    assert [path.name for path in checkpoint.checkpoints(out)] == [f"step-{step}"]
+    assert [path.name for path in checkpoints(out)] == [f"step-{step}"]
     assert [line["step"] for line in log(out)] == list(range(1, step + 1))
     assert not (out / "adapter").exists()
 
@@ -130,7 +131,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
 @pytest.mark.parametrize("method", METHODS)
 def test_every_step_changes_all_that_is_compared(method: str, unbroken: Callable[..., Path]) -> None:
     """So a run that went on from another step, or without its moments, could not look the same."""
-    steps = checkpoint.checkpoints(unbroken(method))
+    steps = checkpoints(unbroken(method))
     assert len(steps) == STEPS
     for before, after in pairwise(steps):
         changed = {name for name in weights(before) if weights(before)[name] != weights(after)[name]}
@@ -156,7 +157,7 @@ def test_a_step_that_cannot_be_made_costs_no_other(
         patch.setitem(methods.METHODS, method, full)
         assert train(out, data, method=method, save_every=100) == 2
     assert "Step 4: out of memory in a batch of 2 x" in capsys.readouterr().err
-    saved = [path.name for path in checkpoint.checkpoints(out)]
+    saved = [path.name for path in checkpoints(out)]
     assert saved == ([] if method == "released-reps" else ["step-3"])
     assert train(out, data, method=method, save_every=100, resume=True) == 0
     assert_same(out, unbroken(method))
@@ -166,7 +167,7 @@ def cut_to(run: Path, out: Path, step: int) -> Path:
     """A copy of a run as it was when only the checkpoints up to `step` had been written."""
     shutil.copytree(run, out)
     shutil.rmtree(out / "adapter")
-    for path in checkpoint.checkpoints(out)[step:]:
+    for path in checkpoints(out)[step:]:
         shutil.rmtree(path)
     return out
 
@@ -195,7 +196,7 @@ def test_a_run_without_a_checkpoint_starts_from_the_beginning(
     data: Path, unbroken: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = cut_to(unbroken("lfu-lora"), tmp_path / "run", 0)
-    assert checkpoint.checkpoints(out) == []
+    assert checkpoints(out) == []
     assert train(out, data, method="lfu-lora", save_every=100, resume=True) == 0
     assert_same(out, unbroken("lfu-lora"))
 
@@ -245,7 +246,7 @@ def test_the_last_checkpoints_are_kept(data: Path, tmp_path: Path, keep: int, ke
     out = tmp_path / "run"
     every = 1 if keep < 3 else 3
     assert train(out, data, method="sft", save_every=every, keep=keep) == 0
-    assert [path.name for path in checkpoint.checkpoints(out)] == [f"step-{step}" for step in kept]
+    assert [path.name for path in checkpoints(out)] == [f"step-{step}" for step in kept]
     assert len(list((out / "checkpoints").iterdir())) == keep
 
 
@@ -282,7 +283,7 @@ def test_a_killed_run_continues_bit_for_bit(data: Path, long_run: Path, tmp_path
     status, _ = stopped_by(signal.SIGKILL, out, data, step=5)
     assert status == -signal.SIGKILL
     assert not (out / "adapter").exists()
-    saved = checkpoint.checkpoints(out)[-1]
+    saved = checkpoints(out)[-1]
     assert int(saved.name.removeprefix("step-")) in range(4, 40, 2)
     assert train(out, data, **LONG, resume=True) == 0
     assert [line["step"] for line in log(out)] == list(range(1, 41))
@@ -297,7 +298,7 @@ def test_a_run_asked_to_stop_continues_bit_for_bit(number: int, data: Path, long
     assert status == 130
     assert words.splitlines()[-1] == f"lfu: Stopped after step {step} of 40; continue with --resume."
     assert "Traceback" not in words
-    assert checkpoint.checkpoints(out)[-1].name == f"step-{step}"
+    assert checkpoints(out)[-1].name == f"step-{step}"
     assert train(out, data, **LONG, resume=True) == 0
     assert_same(out, long_run)
 
@@ -312,7 +313,7 @@ def test_a_second_ctrl_c_stops_at_once(
         interrupt(patch, "sft", 7)
         assert train(out, data, method="sft", save_every=2) == 130
     assert "lfu: Stopped in the middle of a step; continue from the last checkpoint" in capsys.readouterr().err
-    assert [path.name for path in checkpoint.checkpoints(out)] == ["step-2"]
+    assert [path.name for path in checkpoints(out)] == ["step-2"]
     assert len(log(out)) == 3
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
@@ -400,7 +401,7 @@ def test_a_checkpoint_without_its_step_or_checksums_is_refused(
     state: dict[str, Any], data: Path, unbroken: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = cut_to(unbroken("sft"), tmp_path / "run", 4)
-    path = checkpoint.checkpoints(out)[-1] / "state.json"
+    path = checkpoints(out)[-1] / "state.json"
     path.write_text(json.dumps(state))
     assert train(out, data, method="sft", save_every=1, keep=STEPS, resume=True) == 2
     assert refusal(capsys) == f"{path} must name a step and the checksums of the tensor files."

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from experiments import scale
-from lfu import checkpoint, model
+from lfu import model
+from lfu.io.files import write_json
 
 
 @pytest.mark.parametrize("shape", scale.SHAPES)
@@ -24,7 +25,7 @@ def test_what_is_written_can_be_loaded(shape: str, tmp_path: Path, monkeypatch: 
 def test_the_published_shapes_have_their_published_sizes(tmp_path: Path) -> None:
     sizes = {"llama-3.1-8b": 8_030_261_248, "mistral-7b-v0.3": 7_248_023_552}
     for shape, size in sizes.items():
-        checkpoint.write_json(tmp_path / f"{shape}.json", scale.SHAPES[shape])
+        write_json(tmp_path / f"{shape}.json", scale.SHAPES[shape])
         shapes = model.tensor_shapes(model.read_config(tmp_path / f"{shape}.json"))
         assert sum(torch.Size(each).numel() for each in shapes.values()) == size
 

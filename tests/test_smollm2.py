@@ -10,10 +10,12 @@ from commands import MINI, sums, uneven_sums, write_rows
 
 from experiments import smollm2
 from experiments.smollm2 import Paths, load_world, run_all, table
-from lfu import InputError, checkpoint, model
-from lfu.checkpoint import read_json
+from lfu import model
 from lfu.data import Format, encode_row
+from lfu.errors import InputError
+from lfu.io.files import read_json, write_json
 from lfu.lora import load as load_adapter
+from lfu.runs import checkpoints
 
 SMALL: dict[str, Any] = {
     "TEST_ROWS": 4,
@@ -89,7 +91,7 @@ def test_the_size_of_the_states_is_taken_where_an_answer_is_predicted_and_in_who
 
 def test_stopping_in_time_takes_the_checkpoint_that_is_best_on_the_rows_held_back(out: Path) -> None:
     held = {path.name: read_json(path)["nll"]["mean"] for path in (out / "small-sft-42").glob("held-step-*.json")}
-    assert len(held) == len(checkpoint.checkpoints(out / "small-sft-42")) == 3
+    assert len(held) == len(checkpoints(out / "small-sft-42")) == 3
     assert len(set(held.values())) == 3
     assert read_json(out / "small-stopped-42" / "held.json")["nll"]["mean"] == min(held.values())
     last = read_json(out / "small-sft-42" / "drift-step-6.json")["drift"]
@@ -150,9 +152,9 @@ def test_differences_from_sft_are_paired_by_seed(tmp_path: Path) -> None:
         "lora-44": 9.0,
         "gem-42": 1.0,
     }.items():
-        checkpoint.write_json(tmp_path / f"small-{name}" / "scores.json", {"nll": {"mean": nll, "error": 0.1}})
-    checkpoint.write_json(tmp_path / "small-lora-42" / "held.json", {"nll": {"mean": 0.5, "error": 0.1}})
-    checkpoint.write_json(tmp_path / "small-sft-42" / "held.json", {"nll": {"mean": 0.75, "error": 0.1}})
+        write_json(tmp_path / f"small-{name}" / "scores.json", {"nll": {"mean": nll, "error": 0.1}})
+    write_json(tmp_path / "small-lora-42" / "held.json", {"nll": {"mean": 0.5, "error": 0.1}})
+    write_json(tmp_path / "small-sft-42" / "held.json", {"nll": {"mean": 0.75, "error": 0.1}})
     head, _, *rows = smollm2.difference_table(tmp_path, "small").splitlines()
     assert head.startswith("| small, less SFT | test NLL | strict % |")
     (cells,) = ([cell.strip() for cell in row.split("|")] for row in rows)

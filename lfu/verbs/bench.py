@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lfu import InputError, checkpoint, model
 from lfu import bench as benchmark
+from lfu import model
 from lfu.data import load_tokenizer
+from lfu.errors import InputError
+from lfu.io.huggingface import resolve_model
 from lfu.verbs.shared import ModelOptions, choose_device, choose_dtype, option, require_counts
 
 
@@ -31,7 +33,7 @@ def bench(options: BenchOptions) -> str:
     require_counts(options, "rows", "length", "answer", "rank", "rounds", "prompts", "new_tokens")
     if options.answer >= options.length:
         raise InputError(f"answer must be less than length, {options.length}, not {options.answer}.")
-    device, folder = choose_device(options.device), checkpoint.resolve_model(options.model)
+    device, folder = choose_device(options.device), resolve_model(options.model)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the clock waits for this one
     config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)

@@ -10,9 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lfu import InputError, checkpoint
 from lfu.data import Row, read_row, read_rows
 from lfu.distill import RECIPES, Answer, rewrite_answers
+from lfu.errors import InputError
+from lfu.io.files import read_json, write_json, write_text
+from lfu.io.huggingface import fingerprint
 from lfu.layouts import get_layout
 from lfu.verbs.shared import (
     InferenceOptions,
@@ -65,7 +67,7 @@ def distill(options: DistillOptions) -> Path:
     loaded = load_model(inference, setup)
     names = ("seed", "temperature", "top_k", "top_p", "max_new_tokens", "batch_size")
     how = {name: getattr(options, name) for name in names}
-    checkpoint.write_json(record, settings)
+    write_json(record, settings)
     batches = rewrite_answers(
         loaded.config, loaded.base, setup.tokenizer, rows[len(before) :], RECIPES[options.recipe], **how
     )
@@ -89,13 +91,13 @@ def check_sampling(options: DistillOptions) -> None:
 def run_settings(options: DistillOptions, folder: Path) -> dict[str, Any]:
     """The options, and what the model and the dtype turned out to be."""
     dtype = choose_dtype(options.dtype, folder, choose_device(options.device))
-    found = {"model_fingerprint": checkpoint.fingerprint(folder), "dtype": str(dtype).removeprefix("torch.")}
+    found = {"model_fingerprint": fingerprint(folder), "dtype": str(dtype).removeprefix("torch.")}
     return asdict(options) | found
 
 
 def require_same(record: Path, settings: dict[str, Any]) -> None:
     """InputError where something that decides an answer differs from what is recorded."""
-    before = checkpoint.read_json(record)
+    before = read_json(record)
     deciding = ("model_fingerprint", "recipe", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype")
     if changed := describe_changes(deciding, before, settings):
         raise InputError(f"{record}: {changed}. Give the same options, or another --out.")
@@ -144,5 +146,5 @@ def read_previous_answers(out: Path, record: Path, options: DistillOptions, rows
     found = [read_row(out, number, line, layout) for number, line in enumerate(lines, 1)]
     if [row.fields for row in found] != [with_answer(options, row, old.answer) for row, old in zip(rows, found)]:
         raise InputError(f"{out} holds other rows than {options.data}. Give the same options, or another --out.")
-    checkpoint.write_text(out, "".join(f"{line}\n" for line in lines))
+    write_text(out, "".join(f"{line}\n" for line in lines))
     return [row.answer for row in found]

@@ -9,11 +9,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lfu import InputError, option_name
 from lfu import evaluate as evaluating
 from lfu import generate as generating
 from lfu import likelihood as likelihoods
 from lfu.data import TEMPLATES, Example, Row, encode_row, read_rows
+from lfu.errors import InputError, option_name
 from lfu.evaluate import Estimate
 from lfu.verbs.shared import (
     InferenceOptions,

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import torch
 
-from lfu import InputError, checkpoint, lora, model
+from lfu import lora, model
 from lfu.baselines import ensemble
+from lfu.errors import InputError
+from lfu.io.huggingface import resolve_model, write_model
+from lfu.io.tensors import stored_dtype
 from lfu.verbs.shared import adapter_format, cast_adapter, check_writable, format_flags, option
 
 
@@ -23,7 +26,7 @@ def merge(options: MergeOptions) -> Path:
 
     Prints the largest change that the rounding of the merged weights makes to the logits of 64 random tokens.
     """
-    source, out = checkpoint.resolve_model(options.model), Path(options.out)
+    source, out = resolve_model(options.model), Path(options.out)
     if out.exists():
         raise InputError(f"{out} exists already; choose another --out.")
     check_writable(out)
@@ -32,10 +35,10 @@ def merge(options: MergeOptions) -> Path:
     config = model.read_config(source / "config.json")
     form = adapter_format(Path(options.adapter), source)
     saved = ensemble(lora.load(Path(options.adapter), config), 1 - options.weight)
-    config, base = model.load(source, dtype=checkpoint.stored_dtype(source, "model.embed_tokens.weight"))
+    config, base = model.load(source, dtype=stored_dtype(source, "model.embed_tokens.weight"))
     adapter = cast_adapter(saved, base)
     merged = lora.merge(base, adapter)
-    checkpoint.write_model(out, source, model.named_tensors(config, merged), model.rope_keys(config))
+    write_model(out, source, model.named_tensors(config, merged), model.rope_keys(config))
     tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     beside, inside = model.forward(config, base, tokens, [adapter])[0], model.forward(config, merged, tokens)[0]
     print(

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lfu import InputError, checkpoint, lora, model, option_name
+from lfu import lora, model
 from lfu.data import TEMPLATES, Format, ModelTokenizer, load_tokenizer, prompt_ids
+from lfu.errors import InputError, option_name
+from lfu.io.files import read_json
+from lfu.io.huggingface import fingerprint, resolve_model
 from lfu.layouts import LAYOUTS, Layout, get_layout
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -130,7 +133,7 @@ class LoadedModel(NamedTuple):
 
 def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
     """The prompt's format is the adapter's own, unless it is given; without either, `Format()`."""
-    folder = checkpoint.resolve_model(options.model)
+    folder = resolve_model(options.model)
     config = model.read_config(folder / "config.json")
     stored = adapter_format(Path(options.adapter), folder) if options.adapter else Format()
     asked = {"template": options.template, "bos": options.bos}
@@ -161,10 +164,10 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
     path = adapter / "lfu_config.json"
     if not path.is_file():
         return Format()
-    settings = checkpoint.read_json(path)
+    settings = read_json(path)
     if not {"template", "bos", "model_fingerprint"} <= set(settings):
         raise InputError(f"{path} must name the template, the bos and the model_fingerprint of the training.")
-    if settings["model_fingerprint"] != checkpoint.fingerprint(folder):
+    if settings["model_fingerprint"] != fingerprint(folder):
         raise InputError(
             f"{adapter} was trained on {settings.get('model')}, whose files differ from those of {folder}. If these "
             f"hold the same weights, remove {path.name} and give the --template."

@@ -5,32 +5,32 @@ folder holds its resolved settings, a log line per step, and checkpoints from wh
 next: `verbs/evaluate.py`.
 """
 
-import json
 import math
-import os
-import signal
-import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 from torch.utils._pytree import tree_leaves, tree_map
-from tqdm import tqdm
 
-from lfu import InputError, __version__, checkpoint, lora, methods, model
+from lfu import __version__, lora, methods, model
 from lfu import train as training
-from lfu.baselines import ema
 from lfu.data import LOSS_ON, TEMPLATES, Example, Format, encode_rows, load_tokenizer, read_rows
+from lfu.distributed import process_group, rank_and_world_size
+from lfu.errors import InputError
+from lfu.io.files import read_json, sha256, write_json
+from lfu.io.huggingface import fingerprint, resolve_model
 from lfu.loss import NORMS
 from lfu.memory import expected_peak
+from lfu.runs import (
+    Run,
+    log_and_save,
+    restore,
+)
 from lfu.verbs.shared import (
     ModelOptions,
     RowsOptions,
@@ -106,29 +106,9 @@ def train(options: TrainOptions) -> Path:
         return fine_tune(options, device)
 
 
-@contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Under `torchrun`, this process as one of several that train together, each on a device of its own."""
-    together = distributed.is_available() and distributed.is_torchelastic_launched()
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if together else device
-        torch.cuda.set_device(device)  # whose memory `summary` tells
-    if not together:
-        yield device
-        return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        with nullcontext() if training.rank_and_world_size()[0] == 0 else redirect_stdout(StringIO()):
-            yield device
-        with suppress(RuntimeError):  # a process lost after its last step is no loss
-            distributed.barrier()  # none leaves while another still needs it
-    finally:
-        distributed.destroy_process_group()
-
-
 def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     """One run on one device, alone or as one of several processes."""
-    plan, out, (number, processes) = plan_run(options, device), Path(options.out), training.rank_and_world_size()
+    plan, out, (number, processes) = plan_run(options, device), Path(options.out), rank_and_world_size()
     if processes > 1 and methods.is_stateful(plan.method):
         raise InputError(f"The method {options.method} goes through the micro-batches in turn: train in one process.")
     if number == 0:
@@ -138,7 +118,7 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     average = tree_map(Tensor.clone, task) if options.ema is not None and number == 0 else None
     print_forecast(plan, base, task)
     if number == 0 and not options.resume:
-        checkpoint.write_json(out / "settings.json", plan.settings)
+        write_json(out / "settings.json", plan.settings)
     optimizer = training.adamw(task, plan.schedule)
     save_every = options.save_every or training.steps_per_epoch(len(plan.examples), plan.schedule)
     run = Run(out, plan.settings, save_every, options.keep, methods.state_of(plan.method), average)
@@ -156,7 +136,7 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
 def require_same_start(start_step: int, settings: dict[str, Any]) -> None:
     """InputError unless all processes start from the same step of the same run: their gradients are added up."""
     own = start_step, {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-    starts: list[Any] = [None] * training.rank_and_world_size()[1]
+    starts: list[Any] = [None] * rank_and_world_size()[1]
     distributed.all_gather_object(starts, own)
     if any(start != own for start in starts):
         raise InputError(
@@ -185,7 +165,7 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
         raise InputError(f"ema must be at least 0 and less than 1, not {options.ema}.")
     if not 0 < options.lora_alpha < math.inf:
         raise InputError(f"lora-alpha must be more than 0 and finite, not {options.lora_alpha}.")
-    folder = checkpoint.resolve_model(options.model)
+    folder = resolve_model(options.model)
     config = model.read_config(folder / "config.json")
     schedule = training.Settings(**{name: getattr(options, name) for name in training.Settings._fields})
     training.validate_settings(schedule)
@@ -235,11 +215,11 @@ def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> 
 def run_settings(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the run's result, for settings.json and, with the adapter, lfu_config.json."""
     identity = {
-        "model_fingerprint": checkpoint.fingerprint(folder),
-        "data_sha256": checkpoint.sha256(Path(options.data)),
+        "model_fingerprint": fingerprint(folder),
+        "data_sha256": sha256(Path(options.data)),
     }
     weights = Path(options.adapter) / "adapter_model.safetensors" if options.adapter is not None else None
-    identity["adapter_sha256"] = checkpoint.sha256(weights) if weights else None
+    identity["adapter_sha256"] = sha256(weights) if weights else None
     base = {"model": str(folder.absolute()) if Path(options.model).is_dir() else options.model}
     return asdict(options) | chosen | base | identity | {"lfu": __version__, "torch": torch.__version__}
 
@@ -253,7 +233,7 @@ def check_output_folder(out: Path, settings: dict[str, Any], resume: bool) -> No
         return
     if not (out / "settings.json").is_file():
         raise InputError(f"{out / 'settings.json'} does not exist: there is no run to continue. Leave out --resume.")
-    before = defaults(TrainOptions) | checkpoint.read_json(out / "settings.json")
+    before = defaults(TrainOptions) | read_json(out / "settings.json")
     if changed := describe_changes([name for name in settings if name not in MAY_CHANGE], before, settings):
         raise InputError(f"{out} holds another run: {changed}. Give the same settings, or another --out.")
 
@@ -294,160 +274,3 @@ def print_peak(step: Callable[[Example], object], examples: list[Example], rows:
         f"A micro-batch of {len(longest)} x {len(longest[-1].tokens)} tokens is expected to take {expected:.0f} MiB "
         "more at its peak."
     )
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run is kept, and how often; what its method carries along, and the moving average, if there is one."""
-
-    out: Path
-    settings: dict[str, Any]
-    save_every: int
-    keep: int
-    state: dict[str, Tensor]
-    average: lora.Lora | None
-
-
-def log_and_save(
-    run: Run,
-    steps: Iterator[dict[str, float]],
-    task: lora.Lora,
-    optimizer: torch.optim.Optimizer,
-    start_step: int,
-    last: int,
-) -> None:
-    """Take the steps one by one, logging and saving; Ctrl-C ends the run after the step it is in, resumable."""
-    log = run.out / "log.jsonl"
-    checkpoint.truncate_log(log, start_step)
-    with (
-        interruptible() as interrupted,
-        tqdm(total=last, initial=start_step, unit="step") as bar,
-        log.open("a") as file,
-    ):
-        clock = time.perf_counter()
-        for metrics in save_on_failure(run, steps, task, optimizer, start_step):
-            seconds = time.perf_counter() - clock
-            metrics |= {"seconds": round(seconds, 4), "tokens_per_second": round(metrics["tokens"] / seconds, 1)}
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-            bar.set_postfix_str(summary(metrics), refresh=False)
-            bar.update()
-            done, stop = metrics["step"], bool(interrupted)  # read once: no end without its checkpoint
-            if run.average is not None:
-                update_ema(run.average, task, run.settings["ema"])
-            if done % run.save_every == 0 or done == last or stop:
-                save(run, task, optimizer, done)
-            if stop and done < last:
-                raise KeyboardInterrupt(f"Stopped after step {done} of {last}; continue with --resume.")
-            clock = time.perf_counter()
-    for name, tree in {"adapter": task, EMA: run.average}.items():
-        if tree is not None:
-            with checkpoint.new_folder(run.out / name) as folder:
-                save_adapter(folder, tree, run.settings)
-    print(f"Done: {run.out / 'adapter'}")
-
-
-def save_on_failure(
-    run: Run, steps: Iterator[dict[str, float]], task: lora.Lora, optimizer: torch.optim.Optimizer, done: int
-) -> Iterator[dict[str, float]]:
-    """The steps as they come. Where memory or a process fails the next one, a checkpoint of those before is left.
-
-    Such a step ends before its update, so all is as the last one left it, but for what a method carries from one
-    micro-batch to the next: a run with such a method keeps the checkpoint it has. So does one whose loss is not finite:
-    to be resumed from the step before would only meet the same loss.
-    """
-    try:
-        for metrics in steps:
-            done = metrics["step"]
-            yield metrics
-    except (MemoryError, ConnectionError):
-        if done > 0 and not run.state and not checkpoint_folder(run, done).exists():
-            try:
-                save(run, task, optimizer, done)
-            except OSError as error:
-                print(f"There is no checkpoint of step {done}: {error}", file=sys.stderr)
-        raise
-
-
-def summary(metrics: dict[str, float]) -> str:
-    parts = [f"loss {metrics['sft']:.4f}"]
-    if "consistency" in metrics:
-        parts.append(f"consistency {metrics['consistency']:.3g}")
-    parts += [f"lr {metrics['learning_rate']:.2e}", f"{metrics['tokens_per_second']:.0f} tokens/s"]
-    if torch.cuda.is_initialized():  # the run is on a GPU
-        parts.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    return ", ".join(parts)
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """A list that stays empty until Ctrl-C (or a polite kill) is received once; the second time stops at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt("Stopped in the middle of a step; continue from the last checkpoint with --resume.")
-        received.append(number)
-        print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-METHOD_STATE = "method.safetensors"
-EMA = "ema"
-
-
-def update_ema(average: lora.Lora, task: lora.Lora, decay: float) -> None:
-    """One step of the moving average, in place."""
-    for tensor, value in zip(tree_leaves(average), tree_leaves(ema(average, task, decay)), strict=True):
-        tensor.copy_(value)
-
-
-def save(run: Run, task: lora.Lora, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """A complete checkpoint, itself an adapter folder; then the oldest are removed."""
-    with checkpoint.new_folder(checkpoint_folder(run, step)) as folder:
-        save_adapter(folder, task, run.settings)
-        if run.average is not None:
-            (folder / EMA).mkdir()
-            save_adapter(folder / EMA, run.average, run.settings)
-        if run.state:
-            checkpoint.write_tensors(folder / METHOD_STATE, run.state)
-        checkpoint.save_optimizer(folder, optimizer, step)
-    checkpoint.prune_checkpoints(run.out, run.keep)
-
-
-def checkpoint_folder(run: Run, step: int) -> Path:
-    return run.out / "checkpoints" / f"step-{step}"
-
-
-def save_adapter(folder: Path, task: lora.Lora, settings: dict[str, Any]) -> None:
-    """PEFT's two files, and lfu_config.json: the format to prompt with, and how the adapter came to be."""
-    lora.save(folder, (task, settings["lora_alpha"] / settings["rank"]), base=settings["model"])
-    checkpoint.write_json(folder / "lfu_config.json", settings)
-
-
-def restore(run: Run, config: model.Config, task: lora.Lora, optimizer: torch.optim.Optimizer) -> int:
-    """Copy the last checkpoint, if there is one, into all that the run moves; returns the steps done."""
-    if not (saved := checkpoint.checkpoints(run.out)):
-        return 0
-    folder = saved[-1]
-    step = checkpoint.load_optimizer(folder, optimizer)
-    if (folder / METHOD_STATE).is_file():
-        run.state.update(checkpoint.read_all_tensors(folder / METHOD_STATE, tree_leaves(task)[0].device))
-    copy_adapter(folder, config, task)
-    if run.average is not None:
-        copy_adapter(folder / EMA, config, run.average)
-    print(f"Resuming after step {step}.")
-    return step
-
-
-def copy_adapter(folder: Path, config: model.Config, task: lora.Lora) -> None:
-    """Copy a saved adapter into `task`."""
-    saved, _ = lora.load(folder, config, dtype=tree_leaves(task)[0].dtype)
-    for tensor, value in zip(tree_leaves(task), tree_leaves(saved), strict=True):
-        tensor.copy_(value)

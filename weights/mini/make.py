@@ -23,10 +23,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lfu import data, model
-from lfu.checkpoint import write_json, write_tensors
 from lfu.data import Batch, Example, ModelTokenizer
 from lfu.evaluate import is_right
 from lfu.generate import generate
+from lfu.io.files import write_json, write_tensors
 from lfu.loss import sft_loss
 from lfu.model import Config, Params
 

@@ -1,0 +1,123 @@
+"""Files that appear whole or not at all.
+
+Writing goes to a sibling of the target, is flushed to the disk, and is renamed into place, so a reader (and a run that
+is resumed after a power cut) never sees half of anything. Read next: `tensors.py`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lfu.errors import InputError
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`; InputError if the file is missing, not JSON, or not an object."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def first_few(names: list[str], count: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling to write into; on success it takes the place of `target`, on an error it vanishes.
+
+    A folder that was there before is set aside by one rename and put back if the next one fails.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            fsync(path)
+        replace_folder(temporary, target)
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Rename `new` to `target`, which may exist."""
+    before = target.with_name(f"{target.name}.{os.getpid()}.old.tmp")
+    existed = target.exists()
+    if existed:
+        target.rename(before)
+    try:
+        new.rename(target)
+    except BaseException:  # Ctrl-C too
+        if existed:
+            before.rename(target)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        fsync(temporary)
+        temporary.replace(target)
+        fsync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(target: Path, value: dict) -> None:
+    """Write a JSON object that appears whole or not at all."""
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(target: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file readable by whoever may read its folder (the library itself would say 0600)."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, target, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{target} could not be written: {error}. Is the disk full?") from error
+    umask = os.umask(0)
+    os.umask(umask)
+    target.chmod(0o666 & ~umask)
+
+
+def fsync(path: Path) -> None:
+    """Ask the system to put a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file; safetensors itself has none."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for part in iter(partial(file.read, 2**20), b""):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""Model folders as Hugging Face has them: found on the hub, written with merged weights, told apart by a checksum.
+
+Read next: `lfu/runs.py`.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from lfu.errors import InputError
+from lfu.io.files import new_folder, read_json, write_json, write_tensors
+from lfu.io.tensors import tensor_files
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+OTHER_FORMATS = ["consolidated*", "original/*"]
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The folder `model` names; a hub id such as "org/name" is downloaded (or found in the cache) first."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/")):
+        raise InputError(f"{model} is neither a folder nor a hub id of the form 'organisation/name'.")
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=MODEL_FILES, ignore_patterns=OTHER_FORMATS))
+    except Exception as error:
+        # The hub client raises many kinds (network, authentication, not found), all with one remedy.
+        raise InputError(
+            f"There is no folder {model}, and the hub did not give it: {error}. Check the name, the network, and that "
+            "you may read the repository (HF_TOKEN); or pass a folder."
+        ) from error
+
+
+SHARD_BYTES = 5 * 10**9
+
+
+def write_model(target: Path, source: Path, tensors: dict[str, Tensor], rope_keys: dict) -> None:
+    """A complete Hugging Face folder: these weights, and `source`'s tokenizer and configuration.
+
+    config.json states the rotary embedding both as transformers 4 and as 5 read it (`rope_keys`): each, given only the
+    other's form, would silently compute something else. InputError before anything is written if the disk has no room.
+    """
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.absolute().parent).free
+    if free < total:
+        raise InputError(f"{target} needs {total / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there.")
+    with new_folder(target) as folder:
+        for pattern in MODEL_FILES:
+            for file in source.glob(pattern):
+                if not file.name.endswith((".safetensors", ".safetensors.index.json")):
+                    shutil.copyfile(file, folder / file.name)
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        config = read_json(source / "config.json") | rope_keys | {"dtype": dtype, "torch_dtype": dtype}
+        write_json(folder / "config.json", config)
+        write_shards(folder, tensors, total)
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor], total: int) -> None:
+    """One model.safetensors, or shards of at most SHARD_BYTES and their index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(each.nbytes for each in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", tensors)
+        return
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        write_tensors(folder / file, shard)
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def fingerprint(folder: Path) -> str:
+    """A checksum that tells one model folder from another without reading 16 GB: the configuration, the tokenizer, and
+    of each file that the weights are read from its size and its first and last mebibyte. InputError if one is missing.
+    """
+    small = [folder / "config.json", folder / "tokenizer.json"]
+    if missing := [path for path in small if not path.is_file()]:
+        raise InputError(f"{missing[0]} does not exist: a model folder holds configuration, tokenizer and weights.")
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in small))
+    for path in sorted(set(tensor_files(folder, "model").values())):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()
