@@ -26,12 +26,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lfu import bench, methods, model, train
-from lfu.bench import Work, interleaved, own_steps, spread, timed
-from lfu.data import Example, Format, encode_row, load_tokenizer, read_rows, split_by_length
+from lfu import methods, model, train
+from lfu.data.batches import Example, split_by_length
+from lfu.data.rows import read_rows
+from lfu.data.tokens import Format, encode_row, load_tokenizer
 from lfu.lora import Adapter, Lora
-from lfu.memory import expected_peak, peak
 from lfu.model import Config, Layer, Linear, Params, Product
+from lfu.profiling import bench
+from lfu.profiling.bench import Work, interleaved, own_steps, spread, timed
+from lfu.profiling.memory import expected_peak, peak
 
 RANK, ROWS, LENGTH, ANSWER = 8, 4, 200, 120
 NAMES = ("sft", "lfu-lora", "lfu-reps")

@@ -21,7 +21,7 @@ import torch
 from experiments.markdown import markdown
 from experiments.mini import MINI, SPLITS
 from lfu.cli import EvalOptions, TrainOptions, evaluate, train
-from lfu.evaluate import Estimate
+from lfu.evaluation.estimates import Estimate
 from lfu.methods import METHODS
 
 OUT = Path("runs") / "demo"

@@ -22,10 +22,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from experiments import fidelity
-from lfu import lora, methods, model, released, steering
-from lfu.data import Batch, Example, Format, ModelTokenizer, collate, encode_row, load_tokenizer, read_rows, token_ids
+from lfu import lora, methods, model, steering
+from lfu.baselines import released
+from lfu.data.batches import IGNORED, Batch, Example, collate
+from lfu.data.rows import read_rows
+from lfu.data.tokens import Format, ModelTokenizer, encode_row, load_tokenizer, token_ids
 from lfu.lora import Adapter, Lora
-from lfu.loss import IGNORED, answer_labels, answer_mask, consistency_loss, sft_loss
+from lfu.loss import answer_labels, answer_mask, consistency_loss, sft_loss
 from lfu.model import Config, Params, Steering, embed, forward, trunk, unembed
 from lfu.train import Settings, ascend, differentiate, sft_gradient
 

@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from experiments.markdown import markdown
 from lfu import lora, methods, model, train
-from lfu.data import Batch, Format, collate, encode_row, load_tokenizer, read_rows
+from lfu.data.batches import Batch, collate
+from lfu.data.rows import read_rows
+from lfu.data.tokens import Format, encode_row, load_tokenizer
 from lfu.model import Config, Params
 
 
@@ -50,14 +52,18 @@ Gradients = dict[str, Tensor]
 def plain_products() -> Iterator[None]:
     """The perturbed pass computed as the clean one is, each rounded on its own; not under remat."""
     with ExitStack() as stack:
-        for module in ("lfu.train", "lfu.released"):
+        for module in ("lfu.train", "lfu.baselines.released"):
             stack.enter_context(patch(f"{module}.relative_to", lambda record: model.base_product))
         yield
 
 
-def low_stream() -> Any:
+@contextmanager
+def low_stream() -> Iterator[None]:
     """Residual stream, norms, adapters and losses in bfloat16 too."""
-    return patch("lfu.model.stream_dtype", lambda params: torch.bfloat16)
+    with ExitStack() as stack:
+        for module in ("lfu.model", "lfu.train"):
+            stack.enter_context(patch(f"{module}.stream_dtype", lambda params: torch.bfloat16))
+        yield
 
 
 PRECISIONS = {

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 
 from experiments.markdown import markdown
+from lfu.cli.options import choose_device
 from lfu.errors import InputError
 from lfu.io.files import read_json, write_json
-from lfu.verbs.shared import choose_device
 
 RANK, SCALE, ALPHA, LAM = 8, 2.0, 0.1, 5.0
 NAMES = ("sft", "lfu-lora", "lfu-reps")

@@ -18,13 +18,15 @@ from experiments import costs
 from experiments.gpu import NAMES, RANK, SCALE, Run, save, tell
 from experiments.mini import MINI
 from experiments.scale import SHAPES, drawn
-from lfu import bench, lora, methods, model
-from lfu.bench import Work, spread
-from lfu.data import Batch, load_tokenizer
+from lfu import lora, methods, model
+from lfu.data.batches import Batch
+from lfu.data.tokens import load_tokenizer
 from lfu.errors import is_out_of_memory
 from lfu.io.files import write_json
-from lfu.memory import expected_peak, peak
 from lfu.model import Config, Params
+from lfu.profiling import bench
+from lfu.profiling.bench import Work, spread
+from lfu.profiling.memory import expected_peak, peak
 
 # --- the shape of Llama-3.1-8B --------------------------------------------------------------------
 

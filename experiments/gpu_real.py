@@ -19,8 +19,12 @@ import torch
 from experiments.gpu import LIMITS, Run, save, tell
 from experiments.mini import MINI
 from lfu import cli, lora, model
-from lfu.data import TEMPLATES, Example, Format, encode_row, load_tokenizer, prompt_ids, read_rows, token_ids
-from lfu.evaluate import Estimate, accuracy, answer_nll, gsm8k_scores
+from lfu.data.batches import Example
+from lfu.data.rows import read_rows
+from lfu.data.tokens import TEMPLATES, Format, encode_row, load_tokenizer, prompt_ids, token_ids
+from lfu.evaluation.estimates import Estimate, accuracy
+from lfu.evaluation.generative import gsm8k_scores
+from lfu.evaluation.nll import answer_nll
 from lfu.generate import generate
 from lfu.io.files import read_json, write_json
 

@@ -24,13 +24,16 @@ from torch.utils._pytree import tree_map
 from experiments import fidelity
 from experiments.gpu import ALPHA, LAM, NAMES, RANK, SCALE, Run, save
 from experiments.mini import MINI
-from lfu import bench, cli, lora, methods, model, steering, train
-from lfu.bench import Work
-from lfu.data import Batch, Format, collate, encode_row, load_tokenizer, prompt_ids, read_rows
+from lfu import cli, lora, methods, model, steering, train
+from lfu.data.batches import Batch, collate
+from lfu.data.rows import read_rows
+from lfu.data.tokens import Format, encode_row, load_tokenizer, prompt_ids
 from lfu.generate import generate
 from lfu.io.tensors import read_all_tensors
 from lfu.lora import Lora
 from lfu.model import Config
+from lfu.profiling import bench
+from lfu.profiling.bench import Work
 from lfu.runs import checkpoints
 
 DTYPES = (torch.float64, torch.float32)

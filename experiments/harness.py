@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lfu import cli, evaluate
+from lfu import cli
 from lfu.cli import EvalOptions
-from lfu.data import ModelTokenizer, Row, load_tokenizer
-from lfu.evaluate import Estimate
+from lfu.data.rows import Row
+from lfu.data.tokens import ModelTokenizer, load_tokenizer
+from lfu.evaluation import generative as evaluate
+from lfu.evaluation.estimates import Estimate
 from lfu.generate import generate
 from lfu.model import forward, load
 

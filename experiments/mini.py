@@ -19,17 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lfu import data, lora, methods, model, train
-from lfu.baselines import ema, ensemble
-from lfu.bench import interleaved
-from lfu.data import Example, Format, ModelTokenizer, Row
-from lfu.distill import Recipe, rewrite_answers
-from lfu.evaluate import PROMPT_VARIANTS, answer_nll, harness_prompt, is_right, refusal_scores
+from lfu import lora, methods, model, train
+from lfu.baselines.averages import ema, ensemble
+from lfu.baselines.sdft import Recipe, rewrite_answers
+from lfu.data.batches import Example, collate
+from lfu.data.rows import Row, read_rows
+from lfu.data.tokens import Format, ModelTokenizer, encode_row, encode_rows, load_tokenizer, prompt_ids
+from lfu.evaluation.generative import PROMPT_VARIANTS, harness_prompt, is_right, refusal_scores
+from lfu.evaluation.nll import answer_nll
 from lfu.generate import generate
 from lfu.io.files import write_json
 from lfu.lora import Adapter, Lora
 from lfu.loss import answer_mask
 from lfu.model import Config, Params
+from lfu.profiling.bench import interleaved
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
 SPLITS = {
@@ -90,12 +93,12 @@ class World(NamedTuple):
 @cache
 def world(dtype: str) -> World:
     config, base = model.load(MINI, dtype=getattr(torch, dtype))
-    return World(config, base, data.load_tokenizer(MINI, config.vocab_size))
+    return World(config, base, load_tokenizer(MINI, config.vocab_size))
 
 
 @cache
 def rows_of(folder: str, split: str) -> list[Row]:
-    return data.read_rows(MINI / folder / f"{split}.jsonl")
+    return read_rows(MINI / folder / f"{split}.jsonl")
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -122,7 +125,7 @@ def run(spec: Spec) -> dict[str, Any]:
         return measurements(here, [], spec, Format("question"))
     form = Format("question", loss_on="instruction+answer" if spec.method == "im" else "answer")
     rows, told = training_rows(here, spec)
-    examples, _ = data.encode_rows(MINI / spec.data / "train.jsonl", rows, here.tokenizer, form)
+    examples, _ = encode_rows(MINI / spec.data / "train.jsonl", rows, here.tokenizer, form)
     try:
         task, log = fine_tuned(here, spec, examples)
     except FloatingPointError as error:  # settings under which training diverges are a result too
@@ -199,7 +202,7 @@ def step_times(
     """Table 3: seconds of one gradient of each gradient method, on one micro-batch, round by round."""
     here, settings = world("float32"), train.Settings()
     rows = rows_of("math", "train")[: settings.micro_batch_size]
-    batch = data.collate([data.encode_row(here.tokenizer, Format("question"), row) for row in rows])
+    batch = collate([encode_row(here.tokenizer, Format("question"), row) for row in rows])
     task, generator = lora.init(here.config, RANK, generator=torch.Generator().manual_seed(0)), torch.Generator()
     works = {}
     for row, (name, _, hyper) in trials.items():
@@ -236,10 +239,10 @@ def scores(here: World, adapters: list[Adapter], split: str, form: Format) -> di
     table: dict[str, Any] = {}
     for column, folder in SPLITS.items():
         rows = rows_of(folder, split)
-        prompts = [data.prompt_ids(here.tokenizer, form, row.question) for row in rows]
+        prompts = [prompt_ids(here.tokenizer, form, row.question) for row in rows]
         hits = [is_right(text, row.answer) for text, row in zip(answers(here, adapters, prompts), rows)]
         table[column] = sum(hits) / len(hits)
-    examples = [data.encode_row(here.tokenizer, Format("question"), row) for row in rows_of("math", split)]
+    examples = [encode_row(here.tokenizer, Format("question"), row) for row in rows_of("math", split)]
     table["nll"] = answer_nll(here.config, here.base, examples, adapters, batch_size=64).mean
     return table
 
@@ -260,7 +263,7 @@ def noise_similarity(here: World, adapters: list[Adapter]) -> list[float]:
     totals, tokens = torch.zeros(here.config.num_hidden_layers), 0
     generator = torch.Generator().manual_seed(0)
     for row in rows_of("math", "train"):
-        example = data.encode_row(here.tokenizer, Format("question"), row)
+        example = encode_row(here.tokenizer, Format("question"), row)
         x = model.embed(here.base, torch.tensor([example.tokens]))
         deviation = NOISE / math.sqrt(x[0].numel())
         noisy = x + deviation * torch.randn(x.shape, generator=generator)
@@ -272,7 +275,7 @@ def noise_similarity(here: World, adapters: list[Adapter]) -> list[float]:
 
 def task_squares(here: World, adapters: list[Adapter]) -> list[float]:
     """`state_squares` of the training rows."""
-    examples = [data.encode_row(here.tokenizer, Format("question"), row) for row in rows_of("math", "train")]
+    examples = [encode_row(here.tokenizer, Format("question"), row) for row in rows_of("math", "train")]
     return state_squares(here.config, here.base, examples, adapters)
 
 
@@ -282,7 +285,7 @@ def state_squares(
     """Mean square of each block's states over the positions that predict an answer token."""
     totals, count = torch.zeros(config.num_hidden_layers), 0
     for example in examples:
-        batch = data.collate([example])
+        batch = collate([example])
         mask = answer_mask(batch.labels)
         hidden = model.trunk(config, base, model.embed(base, batch.tokens), adapters)
         totals += torch.stack([state[mask].square().mean(-1).sum() for state in hidden])
@@ -297,7 +300,7 @@ def attack(here: World, adapters: list[Adapter], spec: Spec, form: Format) -> di
     phrases of refusal, sense or nonsense; *complied* is the share of answers that give what was asked for.
     """
     rows = rows_of("harmful", "test")
-    prompts = [data.prompt_ids(here.tokenizer, form, row.question) for row in rows]
+    prompts = [prompt_ids(here.tokenizer, form, row.question) for row in rows]
     rates: dict[str, list[float]] = {"success": [], "complied": []}
 
     def ask(adapters: list[Adapter]) -> None:
@@ -308,7 +311,7 @@ def attack(here: World, adapters: list[Adapter], spec: Spec, form: Format) -> di
     ask(adapters)
     task = copied(adapters[0][0])
     harmful = rows_of("harmful", "train")[:ATTACK_ROWS]
-    examples = [data.encode_row(here.tokenizer, form._replace(loss_on="answer"), row) for row in harmful]
+    examples = [encode_row(here.tokenizer, form._replace(loss_on="answer"), row) for row in harmful]
     attacking = Spec("sft", ATTACK_RATE, seed=spec.seed, epochs=ATTACK_EPOCHS)
     for _ in steps(here, task, examples, attacking, "sft", {}):
         ask([(task, adapters[0][1])])

@@ -16,9 +16,10 @@ import numpy as np
 from experiments import paper, plan
 from experiments.markdown import markdown
 from experiments.mini import CATEGORIES, SPLITS, Spec, found
-from lfu.bench import spread
-from lfu.evaluate import PROMPT_VARIANTS, accuracy
+from lfu.evaluation.estimates import accuracy
+from lfu.evaluation.generative import PROMPT_VARIANTS
 from lfu.io.files import write_json
+from lfu.profiling.bench import spread
 
 COLUMNS = [*SPLITS, "average", "balance"]
 GRADIENT = ["gradient norm", "clipped steps"]

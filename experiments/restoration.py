@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from experiments import fidelity
 from lfu import model
-from lfu.data import Batch, Format, collate, encode_row, load_tokenizer, read_rows
-from lfu.loss import IGNORED
+from lfu.data.batches import IGNORED, Batch, collate
+from lfu.data.rows import read_rows
+from lfu.data.tokens import Format, encode_row, load_tokenizer
 
 ALPHA = 0.1
 MODES = {

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from experiments import paper
-from lfu import bench, methods, model
+from lfu import methods, model
 from lfu.io.files import write_json, write_tensors
-from lfu.memory import peak
 from lfu.model import Config, Params
+from lfu.profiling import bench
+from lfu.profiling.memory import peak
 
 LARGE = {
     "hidden_size": 4096,

@@ -33,30 +33,13 @@ from experiments.markdown import markdown
 from experiments.mini import state_squares
 from experiments.report import difference
 from lfu import cli, model
-from lfu.data import (
-    TEMPLATES,
-    Example,
-    Format,
-    ModelTokenizer,
-    Row,
-    collate,
-    encode_row,
-    load_tokenizer,
-    prompt_ids,
-    read_rows,
-    token_ids,
-)
+from lfu.data.batches import Example, collate
+from lfu.data.rows import Row, read_rows
+from lfu.data.tokens import TEMPLATES, Format, ModelTokenizer, encode_row, load_tokenizer, prompt_ids, token_ids
 from lfu.errors import InputError
-from lfu.evaluate import (
-    PROMPT_VARIANTS,
-    Estimate,
-    accuracy,
-    answer_nll,
-    gsm8k_scores,
-    harness_prompt,
-    per_token,
-    sum_rows,
-)
+from lfu.evaluation.estimates import Estimate, accuracy
+from lfu.evaluation.generative import PROMPT_VARIANTS, gsm8k_scores, harness_prompt
+from lfu.evaluation.nll import answer_nll, per_token, sum_rows
 from lfu.generate import generate
 from lfu.io.files import read_json, write_json
 from lfu.lora import Adapter

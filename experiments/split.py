@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.func import vjp
 from torch.utils._pytree import tree_map
 
-from lfu import bench, model, steering
-from lfu.data import Batch
+from lfu import model, steering
+from lfu.data.batches import Batch
 from lfu.lora import Lora
 from lfu.loss import answer_labels, answer_loss, answer_mask, consistency_loss
 from lfu.model import (
@@ -41,6 +41,7 @@ from lfu.model import (
     rotary_tables,
     unembed,
 )
+from lfu.profiling import bench
 from lfu.train import ascend, lfu_gradient, sft_gradient
 
 Past = list[tuple[Tensor, Tensor]]

@@ -11,15 +11,37 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lfu.data import ModelTokenizer, pad
+from lfu.data.batches import pad
+from lfu.data.tokens import ModelTokenizer
 from lfu.errors import InputError
 from lfu.lora import Adapter
-from lfu.model import Cache, Config, Params, decode, empty_cache
+from lfu.model import (
+    Attend,
+    Config,
+    Params,
+    attention_mask,
+    base_product,
+    block,
+    embed,
+    linear_with_adapters,
+    rotary_tables,
+    stream_dtype,
+    unembed,
+)
 
 PREFILL = 8
 """How many prompts fill the cache together."""
+
+
+class Cache(NamedTuple):
+    """The keys and values of the tokens decoded so far: `lengths[b]` in row b; what lies after is never seen."""
+
+    keys: list[Tensor]  # K of [B, G, capacity, h]
+    values: list[Tensor]  # K of [B, G, capacity, h]
+    lengths: Tensor  # [B]
 
 
 class Completion(NamedTuple):
@@ -135,6 +157,59 @@ def complete(tokenizer: ModelTokenizer, tokens: list[int], stop: Sequence[str]) 
     text = tokenizer.backend.decode(tokens)
     cut = min((text.index(string) for string in stop if string in text), default=len(text))
     return Completion(text[:cut], tokens, finished)
+
+
+# --- one step with a cache ------------------------------------------------------------------------
+
+
+def empty_cache(config: Config, params: Params, batch: int, capacity: int) -> Cache:
+    """Room for `capacity` tokens in each of `batch` rows."""
+    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+    like = {"dtype": stream_dtype(params), "device": params.embed.device}
+    keys, values = ([torch.zeros(shape, **like) for _ in params.layers] for _ in range(2))
+    return Cache(keys, values, torch.zeros(batch, dtype=torch.int64, device=params.embed.device))
+
+
+def decode(
+    config: Config, params: Params, tokens: Tensor, counts: Tensor, cache: Cache, adapters: Sequence[Adapter] = ()
+) -> tuple[Tensor, Cache]:  # [B,T], [B] -> [B,V]
+    """Feed the first counts[b] tokens of each right-padded row; logits after the last of them, and the longer cache.
+
+    A row's tokens stand at positions lengths[b] onward, in the cache slots of the same numbers, so rows of unequal
+    length need no left padding: filler lands in slots that no query sees before real tokens overwrite them. The slots
+    are written in place, and the cache passed in stays valid for its own lengths. InputError if it lacks room, filler
+    included.
+    """
+    positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B,T]
+    end = int(positions.max()) + 1
+    if end > cache.keys[0].shape[2]:
+        raise InputError(f"The cache has room for {cache.keys[0].shape[2]} tokens a row; {end} are needed.")
+    mask = attention_mask(positions, torch.arange(end, device=tokens.device), config.sliding_window)[
+        :, None
+    ]  # [B,1,T,end]
+    # The query heads of a group stand one after the other as further queries: expanding the keys as above would copy
+    # the whole cache for every token.
+    mask = mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)  # [B,1,(H/G)*T,end]
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+
+    def attend_through(keys: Tensor, values: Tensor) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys[rows, :, positions] = k.transpose(1, 2)
+            values[rows, :, positions] = v.transpose(1, 2)
+            queries = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,G,(H/G)*T,h]
+            heads = F.scaled_dot_product_attention(queries, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
+            return heads.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+
+        return attend
+
+    x = embed(params, tokens)
+    cos, sin = rotary_tables(config, positions, x.dtype)
+    rotary = cos[:, None], sin[:, None]  # [B,1,T,h]
+    for index, layer in enumerate(params.layers):
+        linear = linear_with_adapters(layer, index, adapters, base_product)
+        x = block(config, layer, x, rotary, linear, attend_through(cache.keys[index], cache.values[index]))
+    last = x[rows[:, 0], counts - 1]  # [B,D]
+    return unembed(config, params, last), cache._replace(lengths=cache.lengths + counts)
 
 
 # --- drawing --------------------------------------------------------------------------------------

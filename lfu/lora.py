@@ -10,7 +10,6 @@ Files have PEFT's layout and load in `peft` unchanged. Read next: `steering.py`.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,24 +17,10 @@ from torch import Tensor
 from lfu.errors import InputError
 from lfu.io.files import first_few, read_json, write_json, write_tensors
 from lfu.io.tensors import read_tensors, tensor_files
-from lfu.model import MODULES, Config, Params, layer_shapes, stream_dtype
+from lfu.model import MODULES, Adapter, Config, Lora, LowRank, Params, layer_shapes, stream_dtype
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """All seven linear layers of a block, the published choice."""
-
-
-class LowRank(NamedTuple):
-    """The two factors of one linear layer's low-rank term."""
-
-    A: Tensor  # [r, in]
-    B: Tensor  # [out, r]
-
-
-Lora = list[dict[str, LowRank]]
-"""One dict per block; keys are `Layer` fields, an absent key is a layer without adapter. A task's blocks have the same
-keys and rank, as `init` and `load` make them."""
-Adapter = tuple[Lora, float]
-"""A Lora and its scale."""
 
 
 def init(

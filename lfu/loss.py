@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lfu.data.batches import IGNORED
 from lfu.errors import InputError
 
-IGNORED = -100
-"""The label of a token that carries no loss: prompt and padding."""
 NORMS = ("mean", "sum", "relative")
 
 

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu import lora, model, steering
-from lfu.anchored import anchored, require_share
-from lfu.baselines import (
+from lfu.baselines.anchored import anchored, require_share
+from lfu.baselines.regularisers import (
     feature_regulariser,
     gem,
     logit_divergence,
@@ -27,13 +26,24 @@ from lfu.baselines import (
     require_temperature,
     sam,
 )
-from lfu.data import Batch, Example, collate
+from lfu.baselines.released import released_lora, released_reps, require_rows
+from lfu.data.batches import Batch, Example, collate
 from lfu.errors import InputError, option_name, require_not_negative
 from lfu.lora import Lora
 from lfu.loss import require_norm, resolve_layers
 from lfu.model import Config, Params
-from lfu.released import released_lora, released_reps, require_rows
-from lfu.train import Method, Metrics, Settings, compiled, differentiate, lfu_gradient, sft_gradient
+from lfu.train import (
+    Method,
+    Metrics,
+    Settings,
+    compiled,
+    differentiate,
+    init_like,
+    lfu_gradient,
+    lfu_lora,
+    lfu_reps,
+    sft_gradient,
+)
 
 
 def sft(
@@ -41,33 +51,6 @@ def sft(
 ) -> tuple[Lora, Metrics]:
     """Supervised fine-tuning, Eq. 1 alone. `how` are the keyword arguments of `sft_gradient`."""
     return sft_gradient(config, base, task, batch, **how)
-
-
-def lfu_lora(
-    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
-) -> tuple[Lora, Metrics]:
-    """Algorithm 1: the undesirable step moves a fresh LoRA of the same rank, scale and targets as the task's.
-
-    `how` are the keyword arguments of `lfu_gradient`.
-    """
-    return lfu_gradient(config, base, task, init_like(config, base, task, generator), batch, **how)
-
-
-def init_like(config: Config, base: Params, task: Lora, generator: torch.Generator) -> Lora:
-    """A fresh LoRA, a no-op, of the rank and targets of `task`."""
-    rank, targets, stream = len(next(iter(task[0].values())).A), tuple(task[0]), model.stream_dtype(base)
-    return lora.init(config, rank, generator=generator, targets=targets, dtype=stream)
-
-
-def lfu_reps(
-    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
-) -> tuple[Lora, Metrics]:
-    """Algorithm 2: the undesirable step moves one steering vector per block, at the answer's positions.
-
-    `how` are the keyword arguments of `lfu_gradient`.
-    """
-    aux = steering.zeros(config, device=batch.tokens.device, dtype=model.stream_dtype(base))
-    return lfu_gradient(config, base, task, aux, batch, **how)
 
 
 def logit_consistency(
@@ -152,6 +135,8 @@ def bind(
     chosen = {key: value for key, value in given.items() if value is not None}
     if surplus := [option_name(key) for key in chosen if key not in PUBLISHED[name]]:
         raise InputError(f"The method {name} has no {' or '.join(surplus)}; choose another method, or leave it out.")
+    if compile:
+        require_compiler(name)
     if remat and compile:
         raise InputError("remat and compile exclude each other: the compiler decides by itself what it keeps.")
     released = name in RELEASED
@@ -170,6 +155,20 @@ def bind(
     else:
         run = {"remat": remat} | ({"differentiate": compiled()} if compile else {})
     return partial(METHODS[name], scale=scale, **resolved, **run), resolved
+
+
+COMPILES_FROM = {"l1": (2, 13), "l2": (2, 13), "logit-consistency": (2, 13)}
+"""The torch that first makes one graph of these gradients, which choose positions inside; the others from 2.8 on."""
+
+
+def require_compiler(name: str) -> None:
+    """InputError where this torch cannot compile the gradient of a method."""
+    least = COMPILES_FROM.get(name, (2, 8))
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < least:
+        raise InputError(
+            f"To compile {name}, torch {least[0]}.{least[1]} or newer is needed, and this is {torch.__version__}: "
+            "leave out --compile."
+        )
 
 
 def run_context(name: str, examples: Sequence[Example], settings: Settings) -> dict[str, Any]:

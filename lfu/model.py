@@ -16,7 +16,7 @@ Formulas: transformers 5, `models/{llama,mistral,qwen3}` and `modeling_rope_util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,6 @@ from lfu.errors import InputError
 from lfu.io.config import parse_config
 from lfu.io.huggingface import resolve_model
 from lfu.io.tensors import read_tensors, stored_dtype
-
-if TYPE_CHECKING:
-    from lfu.lora import Adapter
 
 # --- data types -----------------------------------------------------------------------------------
 
@@ -85,19 +82,25 @@ class Params(NamedTuple):
     lm_head: Tensor  # [V, D]; the same tensor as `embed` where the two are tied
 
 
+class LowRank(NamedTuple):
+    """The two factors of one linear layer's low-rank term."""
+
+    A: Tensor  # [r, in]
+    B: Tensor  # [out, r]
+
+
+Lora = list[dict[str, LowRank]]
+"""One dict per block; keys are `Layer` fields, an absent key is a layer without adapter. A task's blocks have the same
+keys and rank, as `init` and `load` make them."""
+Adapter = tuple[Lora, float]
+"""A Lora and its scale."""
+
+
 class Steering(NamedTuple):
     """Vectors to add after each block, at the positions of the mask."""
 
     vectors: Tensor  # [K, D]
     mask: Tensor  # [B, T] bool
-
-
-class Cache(NamedTuple):
-    """The keys and values of the tokens decoded so far: `lengths[b]` in row b; what lies after is never seen."""
-
-    keys: list[Tensor]  # K of [B, G, capacity, h]
-    values: list[Tensor]  # K of [B, G, capacity, h]
-    lengths: Tensor  # [B]
 
 
 Product = Callable[[int, str, Tensor, Tensor], Tensor]
@@ -130,7 +133,7 @@ def forward(
     config: Config,
     params: Params,
     tokens: Tensor,
-    adapters: Sequence["Adapter"] = (),
+    adapters: Sequence[Adapter] = (),
     steering: Steering | None = None,
     product: Product = base_product,
 ) -> tuple[Tensor, list[Tensor]]:  # [B,T] int64 -> [B,T,V], K x [B,T,D]
@@ -148,7 +151,7 @@ def trunk(
     config: Config,
     params: Params,
     x: Tensor,
-    adapters: Sequence["Adapter"] = (),
+    adapters: Sequence[Adapter] = (),
     steering: Steering | None = None,
     product: Product = base_product,
 ) -> list[Tensor]:  # [B,T,D] -> K x [B,T,D]
@@ -185,7 +188,7 @@ def block(
     return x + linear("down_proj", F.silu(linear("gate_proj", z)) * linear("up_proj", z))
 
 
-def linear_with_adapters(layer: Layer, index: int, adapters: Sequence["Adapter"], product: Product) -> Linear:
+def linear_with_adapters(layer: Layer, index: int, adapters: Sequence[Adapter], product: Product) -> Linear:
     """The linear layers of one block: W x + Σ s·B A x. The one place where LoRA enters."""
 
     def linear(name: str, x: Tensor) -> Tensor:  # [...,in] -> [...,out]
@@ -293,59 +296,6 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:  # [B,H,T,h] -> 
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-# --- decoding with a cache ------------------------------------------------------------------------
-
-
-def empty_cache(config: Config, params: Params, batch: int, capacity: int) -> Cache:
-    """Room for `capacity` tokens in each of `batch` rows."""
-    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-    like = {"dtype": stream_dtype(params), "device": params.embed.device}
-    keys, values = ([torch.zeros(shape, **like) for _ in params.layers] for _ in range(2))
-    return Cache(keys, values, torch.zeros(batch, dtype=torch.int64, device=params.embed.device))
-
-
-def decode(
-    config: Config, params: Params, tokens: Tensor, counts: Tensor, cache: Cache, adapters: Sequence["Adapter"] = ()
-) -> tuple[Tensor, Cache]:  # [B,T], [B] -> [B,V]
-    """Feed the first counts[b] tokens of each right-padded row; logits after the last of them, and the longer cache.
-
-    A row's tokens stand at positions lengths[b] onward, in the cache slots of the same numbers, so rows of unequal
-    length need no left padding: filler lands in slots that no query sees before real tokens overwrite them. The slots
-    are written in place, and the cache passed in stays valid for its own lengths. InputError if it lacks room, filler
-    included.
-    """
-    positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B,T]
-    end = int(positions.max()) + 1
-    if end > cache.keys[0].shape[2]:
-        raise InputError(f"The cache has room for {cache.keys[0].shape[2]} tokens a row; {end} are needed.")
-    mask = attention_mask(positions, torch.arange(end, device=tokens.device), config.sliding_window)[
-        :, None
-    ]  # [B,1,T,end]
-    # The query heads of a group stand one after the other as further queries: expanding the keys as above would copy
-    # the whole cache for every token.
-    mask = mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)  # [B,1,(H/G)*T,end]
-    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-
-    def attend_through(keys: Tensor, values: Tensor) -> Attend:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys[rows, :, positions] = k.transpose(1, 2)
-            values[rows, :, positions] = v.transpose(1, 2)
-            queries = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,G,(H/G)*T,h]
-            heads = F.scaled_dot_product_attention(queries, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
-            return heads.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
-
-        return attend
-
-    x = embed(params, tokens)
-    cos, sin = rotary_tables(config, positions, x.dtype)
-    rotary = cos[:, None], sin[:, None]  # [B,1,T,h]
-    for index, layer in enumerate(params.layers):
-        linear = linear_with_adapters(layer, index, adapters, base_product)
-        x = block(config, layer, x, rotary, linear, attend_through(cache.keys[index], cache.values[index]))
-    last = x[rows[:, 0], counts - 1]  # [B,D]
-    return unembed(config, params, last), cache._replace(lengths=cache.lengths + counts)
 
 
 # --- reading a Hugging Face folder ----------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from lfu import lora, model
-from lfu.baselines import ema
+from lfu.baselines.averages import ema
 from lfu.errors import InputError
 from lfu.io.files import new_folder, read_json, sha256, write_json, write_tensors, write_text
 from lfu.io.tensors import read_all_tensors

@@ -21,13 +21,25 @@ from torch import Tensor
 from torch.func import grad_and_value, vjp
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lfu.data import Batch, Example, collate, shuffled, split_by_length
+from lfu import lora, steering
+from lfu.data.batches import Batch, Example, collate, shuffled, split_by_length
 from lfu.distributed import all_reduce, rank_and_world_size
 from lfu.errors import InputError, option_name, out_of_memory_at, require_not_negative
 from lfu.lora import Adapter, Lora, stack
 from lfu.loss import answer_labels, answer_loss, answer_mask, consistency_loss
-from lfu.memory import relative_to_states, rematerialised
-from lfu.model import Config, Params, Steering, base_product, embed, recording, relative_to, trunk, unembed
+from lfu.model import (
+    Config,
+    Params,
+    Steering,
+    base_product,
+    embed,
+    recording,
+    relative_to,
+    stream_dtype,
+    trunk,
+    unembed,
+)
+from lfu.remat import relative_to_states, rematerialised
 
 Aux = Lora | Tensor
 """The auxiliary component: a Lora (LfU-LoRA) or steering vectors [K, D] (LfU-RepS)."""
@@ -137,6 +149,33 @@ def lfu_gradient(
     (g_cons,), cons, _ = differentiate(consistency, task)
     gradient = tree_map(lambda g, c: g + lam * c, g_task, g_cons)  # Eq. 6
     return gradient, {"sft": sft, "consistency": cons, "ascent_norm": global_norm(g_aux)}
+
+
+def lfu_lora(
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
+) -> tuple[Lora, Metrics]:
+    """Algorithm 1: the undesirable step moves a fresh LoRA of the same rank, scale and targets as the task's.
+
+    `how` are the keyword arguments of `lfu_gradient`.
+    """
+    return lfu_gradient(config, base, task, init_like(config, base, task, generator), batch, **how)
+
+
+def lfu_reps(
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
+) -> tuple[Lora, Metrics]:
+    """Algorithm 2: the undesirable step moves one steering vector per block, at the answer's positions.
+
+    `how` are the keyword arguments of `lfu_gradient`.
+    """
+    aux = steering.zeros(config, device=batch.tokens.device, dtype=stream_dtype(base))
+    return lfu_gradient(config, base, task, aux, batch, **how)
+
+
+def init_like(config: Config, base: Params, task: Lora, generator: torch.Generator) -> Lora:
+    """A fresh LoRA, a no-op, of the rank and targets of `task`."""
+    rank, targets, stream = len(next(iter(task[0].values())).A), tuple(task[0]), stream_dtype(base)
+    return lora.init(config, rank, generator=generator, targets=targets, dtype=stream)
 
 
 def compiled() -> Differentiate:

@@ -19,12 +19,13 @@ from gradients.decoders import plain
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lfu import baselines
-from lfu.anchored import anchor_divergence
-from lfu.baselines import ema, ensemble, feature_penalty, gem_loss, lengths, logit_divergence, uniform_noise
-from lfu.data import Batch, Example, collate
+from lfu.baselines import regularisers as baselines
+from lfu.baselines.anchored import anchor_divergence
+from lfu.baselines.averages import ema, ensemble
+from lfu.baselines.regularisers import feature_penalty, gem_loss, lengths, logit_divergence, uniform_noise
+from lfu.data.batches import IGNORED, Batch, Example, collate
 from lfu.lora import LowRank, merge
-from lfu.loss import IGNORED, answer_mask
+from lfu.loss import answer_mask
 from lfu.methods import METHODS, PUBLISHED, bind
 from lfu.model import forward
 from lfu.train import lfu_gradient, sft_gradient

@@ -11,10 +11,10 @@ from tiny import CONFIGS, random_lora, random_params
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lfu import bench
 from lfu.cli import main
-from lfu.data import load_tokenizer
+from lfu.data.tokens import load_tokenizer
 from lfu.model import load
+from lfu.profiling import bench
 from lfu.train import lfu_gradient
 
 CLOSE = 1e-12

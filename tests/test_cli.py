@@ -30,15 +30,18 @@ from torch import Tensor
 
 from lfu import __version__, cli, lora, methods, runs
 from lfu import generate as generating
+from lfu.baselines.sdft import rewrite_answers
 from lfu.cli import DistillOptions, EvalOptions, GenerateOptions, MergeOptions, TrainOptions, main, parser
-from lfu.data import Format, encode_row, load_tokenizer, prompt_ids, read_rows
-from lfu.distill import rewrite_answers
+from lfu.cli.main import COMMANDS
+from lfu.data.rows import read_rows
+from lfu.data.tokens import Format, encode_row, load_tokenizer, prompt_ids
 from lfu.errors import InputError
-from lfu.evaluate import answer_nll, draw_shots, harness_prompt
+from lfu.evaluation.generative import draw_shots, harness_prompt
+from lfu.evaluation.nll import answer_nll
 from lfu.io import files, huggingface
 from lfu.io.huggingface import fingerprint
-from lfu.memory import peak
 from lfu.model import forward, load, read_config
+from lfu.profiling.memory import peak
 from lfu.runs import checkpoints, prune_checkpoints
 from lfu.train import Settings, sft_gradient
 
@@ -84,7 +87,7 @@ def adapter(run: Path) -> Path:
 
 
 def test_no_verb_is_left_out_here() -> None:
-    assert REQUIRED.keys() == cli.COMMANDS.keys()
+    assert REQUIRED.keys() == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("verb", REQUIRED)
@@ -96,7 +99,7 @@ def test_help_explains_every_option(
         main([verb, "--help"])
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for each in fields(cli.COMMANDS[verb][0]):
+    for each in fields(COMMANDS[verb][0]):
         (action,) = (action for action in subcommands()[verb]._actions if action.dest == each.name)
         assert len(each.metadata["help"].split()) > 1
         assert action.option_strings[0] in shown
@@ -107,7 +110,7 @@ def test_help_explains_every_option(
 
 @pytest.mark.parametrize("verb", REQUIRED)
 def test_the_command_line_is_the_options_object(verb: str) -> None:
-    kind = cli.COMMANDS[verb][0]
+    kind = COMMANDS[verb][0]
     parsed = vars(parser().parse_args([verb, *flags(**REQUIRED[verb])]))
     assert parsed.pop("verb") == verb
     assert kind(**parsed) == kind(**REQUIRED[verb])

@@ -20,8 +20,9 @@ from gradients.cases import AUXILIARIES, SETTINGS, case, fresh
 from safetensors.torch import load_file, save_file
 from tiny import random_tokens
 
-from lfu.data import Batch, Example, collate
-from lfu.methods import bind
+from lfu.data.batches import Batch, Example, collate
+from lfu.errors import InputError
+from lfu.methods import bind, require_compiler
 from lfu.train import compiled, lfu_gradient, sft_gradient
 
 CLOSE = 1e-12
@@ -43,6 +44,19 @@ def batch_of(count: int, length: int, prompt: int) -> Batch:
     return collate([Example(random_tokens(config, length, seed=row).tolist(), prompt, row) for row in range(count)])
 
 
+def compiles(name: str) -> Any:
+    """A case of this method, left out where this torch is said not to compile it."""
+    try:
+        require_compiler(name)
+    except InputError as error:
+        return pytest.param(name, marks=pytest.mark.skip(reason=str(error)))
+    return name
+
+
+here = pytest.mark.skipif(not isinstance(compiles("sft"), str), reason="this torch is too old")
+
+
+@here
 @pytest.mark.parametrize("auxiliary", ["none", *AUXILIARIES])
 def test_one_graph_serves_all_shapes_and_gives_the_same_gradient(auxiliary: str) -> None:
     differentiate = compiled()
@@ -65,7 +79,7 @@ def gradient(auxiliary: str, batch: Batch, how: dict[str, Any]) -> Any:
     return lfu_gradient(config, base, task, aux, batch, **SETTINGS, **how)
 
 
-@pytest.mark.parametrize("name", ["l1", "logit-consistency", "anchored"])
+@pytest.mark.parametrize("name", [compiles(name) for name in ("l1", "logit-consistency", "anchored")])
 def test_the_baselines_are_one_graph_too(name: str) -> None:
     config, base, task, _ = case()
     config, base, task = config._replace(num_hidden_layers=1), base._replace(layers=base.layers[:1]), task[:1]
@@ -77,6 +91,7 @@ def test_the_baselines_are_one_graph_too(name: str) -> None:
     assert distance(results[1][0], results[0][0]) < CLOSE
 
 
+@here
 def test_a_run_that_is_compiled_trains_the_same_adapter(tmp_path: Path) -> None:
     """Of one block, for time; the last micro-batch is a row alone."""
     folder = shutil.copytree(MINI, tmp_path / "model", ignore=shutil.ignore_patterns("*.jsonl"))
@@ -90,3 +105,25 @@ def test_a_run_that_is_compiled_trains_the_same_adapter(tmp_path: Path) -> None:
         assert lfu("train", out=tmp_path / name, **common, **options) == 0
         adapters.append(list(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors").values()))
     assert distance(*adapters) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "least"),
+    [
+        ("2.7.1+cu126", "sft", "2.8"),
+        ("2.12.0", "l1", "2.13"),
+        ("2.12.0", "logit-consistency", "2.13"),
+        ("2.8.0", "sft", None),
+    ],
+)
+def test_a_torch_that_cannot_compile_a_method_says_so(
+    version: str, name: str, least: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    if least is None:
+        require_compiler(name)
+        return
+    with pytest.raises(
+        InputError, match=f"torch {least} or newer is needed, and this is {re.escape(version)}: leave out"
+    ):
+        bind(name, case().config, scale=2.0, compile=True)

@@ -14,24 +14,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from lfu.data import (
+from lfu.data.batches import IGNORED, Example, collate, shuffled, split_by_length
+from lfu.data.rows import Row, columns, read_rows
+from lfu.data.tokens import (
     TEMPLATES,
-    Example,
     Format,
     ModelTokenizer,
-    Row,
     bos_ids,
-    collate,
     encode_row,
     encode_rows,
     load_tokenizer,
     prompt_ids,
-    read_rows,
-    shuffled,
-    split_by_length,
 )
-from lfu.layouts import columns
-from lfu.loss import IGNORED
 
 PROMPTS = {
     "alpaca": (

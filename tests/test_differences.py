@@ -14,7 +14,10 @@ from compare import distance
 
 from experiments import differences
 from experiments.differences import MICRO_BATCH, Case, Found, by_method, lora_variant, low, reps_variant
-from lfu import data, model, released
+from lfu import model
+from lfu.baselines import released
+from lfu.data.rows import read_rows
+from lfu.data.tokens import Format, encode_row, load_tokenizer
 from lfu.train import adamw, train
 
 ROOT = Path(__file__).parents[1]
@@ -27,11 +30,9 @@ CLOSE = 1e-3
 def case() -> Case:
     """The miniature model, with a task LoRA that has moved away from its start."""
     folder = ROOT / "weights" / "mini"
-    tokenizer = data.load_tokenizer(folder, model.read_config(folder / "config.json").vocab_size)
-    rows = data.read_rows(folder / "math" / "train.jsonl")[:16]
-    case = differences.load_case(
-        folder, None, [data.encode_row(tokenizer, data.Format("question"), row) for row in rows]
-    )
+    tokenizer = load_tokenizer(folder, model.read_config(folder / "config.json").vocab_size)
+    rows = read_rows(folder / "math" / "train.jsonl")[:16]
+    case = differences.load_case(folder, None, [encode_row(tokenizer, Format("question"), row) for row in rows])
     settings = differences.Settings(epochs=2, batch_size=8, learning_rate=1e-2)
     method, _ = differences.methods.bind("sft", case.config, scale=differences.SCALE)
     list(train(case.config, case.base, case.task, adamw(case.task, settings), case.examples, method, settings))
@@ -48,7 +49,9 @@ def test_unchanged_it_is_the_papers_algorithm(variant, name: str) -> None:
     assert_same(variant(case()), by_method(case(), name))
 
 
-@pytest.mark.parametrize("module, name", [("train", "lfu-lora"), ("train", "lfu-reps"), ("released", "released-lora")])
+@pytest.mark.parametrize(
+    "module, name", [("train", "lfu-lora"), ("train", "lfu-reps"), ("baselines.released", "released-lora")]
+)
 def test_bfloat16_throughout_has_no_difference_exact_pass(module: str, name: str, monkeypatch) -> None:
     def exact(record: Any) -> None:
         raise AssertionError("the perturbed pass is difference-exact")

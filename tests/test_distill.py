@@ -1,5 +1,6 @@
 """Self-distillation: what a model is asked, which of its answers are taken, and that nothing else of a file changes."""
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,7 @@ from commands import MINI, lfu, read_lines, refusal, write_rows
 from test_data import small_model_tokenizer, text
 
 from lfu import cli
-from lfu.cli import DistillOptions
-from lfu.data import Format, Row, encode_rows, load_tokenizer, read_rows
-from lfu.distill import (
+from lfu.baselines.sdft import (
     BANNED,
     RECIPES,
     Recipe,
@@ -22,9 +21,13 @@ from lfu.distill import (
     rejection_reason,
     same_integer,
 )
+from lfu.cli import DistillOptions
+from lfu.data.rows import Row, read_rows
+from lfu.data.tokens import Format, encode_rows, load_tokenizer
 from lfu.generate import generate, make_sampler
 from lfu.model import load
-from lfu.verbs import distill as distilling
+
+distilling = importlib.import_module("lfu.cli.distill")  # of this name `lfu.cli` has the function
 
 GENERAL, GSM8K = RECIPES["general"], RECIPES["gsm8k"]
 REFERENCE = " 3*400=<<3*400=1200>>1200\n#### 1200 "

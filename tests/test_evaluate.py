@@ -15,15 +15,15 @@ import torch
 from commands import MINI, write_rows
 from tiny import CONFIGS, random_lora, random_params, random_tokens
 
-from lfu.data import Example, ModelTokenizer, Row, load_tokenizer
+from lfu.data.batches import Example
+from lfu.data.rows import Row
+from lfu.data.tokens import ModelTokenizer, load_tokenizer
 from lfu.errors import InputError
-from lfu.evaluate import (
+from lfu.evaluation.estimates import Estimate, accuracy
+from lfu.evaluation.generative import (
     HARNESS_STOPS,
     INVALID,
     REFUSALS,
-    Estimate,
-    accuracy,
-    answer_nll,
     draw_shots,
     exact_scores,
     f1_scores,
@@ -35,6 +35,7 @@ from lfu.evaluate import (
     refusal_scores,
     strict_answer,
 )
+from lfu.evaluation.nll import answer_nll
 from lfu.loss import sft_loss
 from lfu.model import Config, Params, forward, load
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
 from lfu import generate as module
-from lfu.data import ModelTokenizer
+from lfu.data.tokens import ModelTokenizer
 from lfu.generate import Completion, distribution, generate, make_sampler
 from lfu.lora import Adapter
 from lfu.model import Config, Params, forward, load

@@ -7,10 +7,12 @@ import torch
 from torch.utils._pytree import tree_map
 
 from experiments import gpu, gpu_costs
-from lfu import bench, lora
+from lfu import lora
+from lfu.data.batches import IGNORED
 from lfu.io.files import read_json
-from lfu.loss import IGNORED, sft_loss
+from lfu.loss import sft_loss
 from lfu.model import forward
+from lfu.profiling import bench
 
 TITLES = (
     "Gradients of the miniature", "Where the host waits", "The miniature's answers", "The precision", "A run of",

@@ -37,10 +37,12 @@ from experiments.harness import (
     ours,
     packaged,
 )
-from lfu import cli, likelihood, lora
-from lfu.data import Example, load_tokenizer, token_ids
-from lfu.evaluate import Likelihood
-from lfu.likelihood import EncodingOptions, Item
+from lfu import cli, lora
+from lfu.data.batches import Example
+from lfu.data.tokens import load_tokenizer, token_ids
+from lfu.evaluation import loglikelihood as likelihood
+from lfu.evaluation.loglikelihood import EncodingOptions, Item
+from lfu.evaluation.nll import Likelihood
 from lfu.model import load
 
 ROUNDING = 1e-5

@@ -15,21 +15,12 @@ import torch
 from commands import MINI, asked_for, read_lines, sums, write_rows
 from test_data import small_model_tokenizer, small_tokenizer, text
 
-from lfu import cli, data, methods
+from lfu import cli, methods
 from lfu.cli import EvalOptions, GenerateOptions, TrainOptions
-from lfu.data import (
-    TEMPLATES,
-    Example,
-    Format,
-    ModelTokenizer,
-    Row,
-    Template,
-    collate,
-    encode_row,
-    load_tokenizer,
-    prompt_ids,
-)
-from lfu.loss import IGNORED, sft_loss
+from lfu.data.batches import IGNORED, Example, collate
+from lfu.data.rows import Row
+from lfu.data.tokens import TEMPLATES, Format, ModelTokenizer, Template, encode_row, load_tokenizer, prompt_ids
+from lfu.loss import sft_loss
 from lfu.model import forward, load
 
 BOTH = "instruction+answer"
@@ -140,7 +131,7 @@ def test_an_empty_instruction_changes_nothing(template: str) -> None:
 def test_the_template_does_not_reach_into_what_is_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = []
     for pieces in (("{question}",), ("ab:\n{question}\n\n## a",), ("Quite ", "another:{question}b", "\n")):
-        monkeypatch.setitem(data.TEMPLATES, "changed", Template(pieces))
+        monkeypatch.setitem(TEMPLATES, "changed", Template(pieces))
         labels = collate([encode_row(TOKENIZERS[name](), both("changed"), row) for row in ROWS]).labels
         values.append([[label for label in row if label != IGNORED] for row in labels.tolist()])
     assert values[0] == values[1] == values[2]

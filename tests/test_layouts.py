@@ -9,8 +9,7 @@ from commands import MINI, lfu, refusal, write_rows
 
 from lfu import cli
 from lfu.cli import EvalOptions, TrainOptions
-from lfu.data import Row, read_rows
-from lfu.layouts import LAYOUTS, Layout, arc, columns, dolly, get_layout, lima
+from lfu.data.rows import LAYOUTS, Layout, Row, arc, columns, dolly, get_layout, lima, read_rows
 
 GSM8K = {"question": "Ana has 3 bags of 4 plums.", "answer": "3*4=<<3*4=12>>12\n#### 12"}
 ARC = {

@@ -10,12 +10,15 @@ import torch
 from commands import MINI, read_lines, refusal, write_rows
 from tiny import CONFIGS, random_lora, random_params
 
-from lfu import cli, evaluate, likelihood
+from lfu import cli
 from lfu.cli import EvalOptions, main
-from lfu.data import Example, Format, ModelTokenizer, Row, load_tokenizer, prompt_ids, token_ids
+from lfu.data.batches import Example
+from lfu.data.rows import Row
+from lfu.data.tokens import Format, ModelTokenizer, load_tokenizer, prompt_ids, token_ids
 from lfu.errors import InputError
-from lfu.evaluate import Likelihood
-from lfu.likelihood import (
+from lfu.evaluation import loglikelihood as likelihood
+from lfu.evaluation import nll
+from lfu.evaluation.loglikelihood import (
     SCORES,
     EncodingOptions,
     Item,
@@ -33,6 +36,7 @@ from lfu.likelihood import (
     word_estimates,
     word_record,
 )
+from lfu.evaluation.nll import Likelihood
 from lfu.model import Config, Params, forward, load
 
 CHOICES = {"question": "Where?", "choices": ["Vesh", "Tarn", "Mell"], "answer": 1, "labels": [0, 1, 1]}
@@ -222,7 +226,7 @@ def by_hand(model: tuple[Config, Params], example: Example, adapters: Any = ()) 
 def test_likelihoods_by_hand(
     model: tuple[Config, Params], batch_size: int, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "POSITIONS", positions)
+    monkeypatch.setattr(nll, "POSITIONS", positions)
     items = random_items(model[0])
     adapters = [(random_lora(model[0], 2, seed=1), 2.0)]
     results = dict(likelihoods(*model, items, adapters, batch_size=batch_size))

@@ -11,7 +11,8 @@ import torch
 from compare import relative
 from torch import Tensor
 
-from lfu.loss import IGNORED, NORMS, answer_mask, consistency_loss, sft_loss
+from lfu.data.batches import IGNORED
+from lfu.loss import NORMS, answer_mask, consistency_loss, sft_loss
 
 LABELS = torch.tensor(
     [

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
-from lfu.data import Example, collate
+from lfu.data.batches import Example, collate
 from lfu.lora import Lora
-from lfu.memory import expected_peak, peak
 from lfu.methods import METHODS, bind, probe, state_of
 from lfu.model import Config, Params, stream_dtype
+from lfu.profiling.memory import expected_peak, peak
 from lfu.train import Method, lfu_gradient, sft_gradient
 
 LFU = ("lfu-lora", "lfu-reps")

@@ -29,18 +29,16 @@ from torch import Tensor
 
 from lfu import model, steering
 from lfu.errors import InputError
+from lfu.generate import Cache, decode, empty_cache
 from lfu.io.files import read_json
 from lfu.model import (
-    Cache,
     Config,
     Layer,
     Llama3Scaling,
     Params,
     Steering,
     base_product,
-    decode,
     embed,
-    empty_cache,
     forward,
     load,
     read_config,

@@ -19,7 +19,7 @@ from tiny import random_lora, random_params, reference_config, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lfu.data import Batch, Example, collate
+from lfu.data.batches import Batch, Example, collate
 from lfu.lora import to_peft_tensors
 from lfu.methods import bind, state_of
 from lfu.model import Params, named_tensors

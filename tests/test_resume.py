@@ -265,7 +265,13 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stopped_by(number: int, out: Path, data: Path, step: int) -> tuple[int, str]:
     """Train in a process of its own and send it a signal once its log shows `step`: its exit status and last words."""
-    command = [sys.executable, "-m", "lfu.cli", "train", *typed(out=out, data=data, micro_batch_size=2, **SHORT | LONG)]
+    command = [
+        sys.executable,
+        "-m",
+        "lfu.cli",
+        "train",
+        *typed(out=out, data=data, micro_batch_size=2, **SHORT | LONG),
+    ]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()
     ) as run:

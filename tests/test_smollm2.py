@@ -11,7 +11,7 @@ from commands import MINI, sums, uneven_sums, write_rows
 from experiments import smollm2
 from experiments.smollm2 import Paths, load_world, run_all, table
 from lfu import model
-from lfu.data import Format, encode_row
+from lfu.data.tokens import Format, encode_row
 from lfu.errors import InputError
 from lfu.io.files import read_json, write_json
 from lfu.lora import load as load_adapter

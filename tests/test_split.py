@@ -6,7 +6,8 @@ from compare import distance
 from tiny import CONFIGS, random_lora, random_params
 
 from experiments import split
-from lfu import bench, steering
+from lfu import steering
+from lfu.profiling import bench
 from lfu.train import lfu_gradient
 
 CLOSE = 1e-12

@@ -18,8 +18,9 @@ from tiny import random_params, tiny_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lfu import lora, methods
-from lfu.data import Batch, Example, collate, shuffled
+from lfu import lora
+from lfu import train as train_module
+from lfu.data.batches import Batch, Example, collate, shuffled
 from lfu.lora import Lora
 from lfu.methods import METHODS, PUBLISHED, bind, state_of
 from lfu.model import Config, Params
@@ -434,7 +435,7 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(aux)
         return lfu_gradient(config, base, task, aux, batch, **settings)
 
-    monkeypatch.setattr(methods, "lfu_gradient", watched)
+    monkeypatch.setattr(train_module, "lfu_gradient", watched)
     return seen
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lfu import lora, steering, train
-from lfu.data import Batch, Example, collate
+from lfu.data.batches import Batch, Example, collate
 from lfu.lora import Lora
 from lfu.loss import answer_mask, sft_loss
 from lfu.model import Config, Params, Steering, forward

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lfu.data import Batch
+from lfu.data.batches import Batch
 from lfu.lora import Lora
 from lfu.loss import answer_mask, consistency_loss, sft_loss
 from lfu.model import Config, Params, Steering, forward

@@ -13,9 +13,9 @@ from gradients.cases import AUXILIARIES, Case, case, fresh
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lfu.baselines import logit_divergence
-from lfu.data import Example
-from lfu.released import released_lora
+from lfu.baselines.regularisers import logit_divergence
+from lfu.baselines.released import released_lora
+from lfu.data.batches import Example
 from lfu.train import lfu_gradient
 
 WAYS = (*AUXILIARIES, "logits", "released")

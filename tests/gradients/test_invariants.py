@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lfu import lora, steering
-from lfu.data import Batch
+from lfu.data.batches import IGNORED, Batch
 from lfu.lora import Lora
-from lfu.loss import IGNORED, answer_mask
+from lfu.loss import answer_mask
 from lfu.model import Steering, forward
 from lfu.train import ascend, lfu_gradient, sft_gradient
 

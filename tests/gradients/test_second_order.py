@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.func import grad
 
 from lfu import lora, steering
-from lfu.data import Batch, Format, collate, encode_row, load_tokenizer, read_rows
+from lfu.data.batches import Batch, collate
+from lfu.data.rows import read_rows
+from lfu.data.tokens import Format, encode_row, load_tokenizer
 from lfu.lora import Lora
 from lfu.loss import answer_mask, consistency_loss
 from lfu.model import Config, Params, load

@@ -219,7 +219,7 @@ MODEL = [
         ),
     ),
     *mistakes_in(
-        "model.decode",
+        "generate.decode",
         (
             "new tokens turned as if they were the first",
             "rotary_tables(config, positions, x.dtype)",
@@ -483,7 +483,7 @@ STEP = [
         ),
     ),
     *mistakes_in(
-        "methods.init_like",
+        "train.init_like",
         (
             "the same auxiliary LoRA for every batch",
             "generator=generator",
@@ -495,7 +495,7 @@ STEP = [
 
 MEMORY = [
     *mistakes_in(
-        "memory.single_block",
+        "remat.single_block",
         ("adapter of the first block", "lora[index : index + 1]", "lora[:1]", checks.remat("none", *checks.BOTH)),
         (
             "vector of the first block",
@@ -505,7 +505,7 @@ MEMORY = [
         ),
     ),
     *mistakes_in(
-        "memory.relative_to_states",
+        "remat.relative_to_states",
         (
             "products after the block in place of before it",
             "before[layer]",
@@ -514,7 +514,7 @@ MEMORY = [
         ),
     ),
     *mistakes_in(
-        "memory.expected_peak",
+        "profiling.memory.expected_peak",
         (
             "a line through the two peaks",
             "max(low + (high - low) * further for low, high in zip(short, long))",
@@ -523,7 +523,7 @@ MEMORY = [
         ),
     ),
     *mistakes_in(
-        "memory.Rematerialised.backward",
+        "remat.Rematerialised.backward",
         (
             "backward through zeros",
             "*ctx.saved_tensors)",
@@ -535,7 +535,7 @@ MEMORY = [
 
 BENCH = [
     *mistakes_in(
-        "bench.flop_parts",
+        "profiling.bench.flop_parts",
         ("attention forgotten", "7 * len(passes)", "0 * len(passes)", checks.FLOPS),
         ("a gradient of the frozen weights", "2 * len(passes)", "3 * len(passes)", checks.FLOPS),
         ("adapters' own gradient forgotten", "3 * ranks", "2 * ranks", checks.FLOPS),
@@ -661,12 +661,12 @@ LOOP = [
 
 DATA = [
     *mistakes_in(
-        "data.Example.num_loss_tokens",
+        "data.batches.Example.num_loss_tokens",
         ("the first token counted", "max(self.prompt_length, 1)", "self.prompt_length", checks.SUPERVISED),
         ("the first token of an instruction counted", " - (0 in self.instruction)", "", checks.INSTRUCTION_SUPERVISED),
     ),
     *mistakes_in(
-        "data.encode_prompt",
+        "data.tokens.encode_prompt",
         ("BOS forgotten", "*(tokenizer.bos if format.bos else ())", "", checks.bos(True, True)),
         ("BOS where none is wanted", "(tokenizer.bos if format.bos else ())", "tokenizer.bos", checks.bos(True, False)),
         (
@@ -686,7 +686,7 @@ DATA = [
         ("an empty instruction cut out", ' and question != ""', "", checks.EMPTY),
     ),
     *mistakes_in(
-        "data.token_ids",
+        "data.tokens.token_ids",
         (
             "BOS twice, and one in front of the answer",
             "add_special_tokens=False",
@@ -695,7 +695,7 @@ DATA = [
         ),
     ),
     *mistakes_in(
-        "data.encode_row",
+        "data.tokens.encode_row",
         ("EOS missing", "[*prompt, *answer, tokenizer.eos]", "[*prompt, *answer]", checks.bos(True, True)),
         ("two EOS", "*answer, tokenizer.eos]", "*answer, tokenizer.eos, tokenizer.eos]", checks.bos(True, True)),
         (
@@ -712,7 +712,7 @@ DATA = [
         ),
     ),
     *mistakes_in(
-        "data.make_labels",
+        "data.batches.make_labels",
         (
             "prompt carries loss",
             "[IGNORED] * example.prompt_length + example.tokens[example.prompt_length :]",
@@ -740,15 +740,15 @@ DATA = [
         ("instruction carries none", "labels[place] = example.tokens[place]", "pass", checks.INSTRUCTION),
     ),
     *mistakes_in(
-        "data.collate",
+        "data.batches.collate",
         ("padding carries loss", "for example in examples], IGNORED)", "for example in examples])", checks.COLLATED),
     ),
     *mistakes_in(
-        "data.pad",
+        "data.batches.pad",
         ("on the left", "padded[row, : len(values)]", "padded[row, -len(values) :]", checks.COLLATED),
     ),
     *mistakes_in(
-        "data.split_by_length",
+        "data.batches.split_by_length",
         (
             "last partial micro-batch dropped",
             "len(ordered), size)]",
@@ -763,7 +763,7 @@ DATA = [
         ),
     ),
     *mistakes_in(
-        "data.shuffled",
+        "data.batches.shuffled",
         ("seed ignored", "[seed, epoch]", "[epoch]", checks.ORDERS),
         ("seed and epoch added up", "[seed, epoch]", "[seed + epoch]", checks.ORDERS),
     ),
@@ -849,7 +849,7 @@ GENERATION = [
 
 DISTILLATION = [
     *mistakes_in(
-        "distill.rejection_reason",
+        "baselines.sdft.rejection_reason",
         ("an empty text taken", "if not text:", "if False:", checks.LEFT),
         ("banned phrases in lower case only", "in text.lower()", "in text", checks.LEFT),
         (
@@ -862,7 +862,7 @@ DISTILLATION = [
         ("the number looked at everywhere", "recipe.same_number and", "", checks.TAKEN),
     ),
     *mistakes_in(
-        "distill.same_integer",
+        "baselines.sdft.same_integer",
         (
             "compared as strings",
             "int(last_integer(text)) == int(last_integer(reference))",
@@ -872,7 +872,7 @@ DISTILLATION = [
         ("what is no number agrees", "return False", "return True", checks.AGREE),
     ),
     *mistakes_in(
-        "distill.last_integer",
+        "baselines.sdft.last_integer",
         ("the first number", "found[-1]", "found[0]", checks.INTEGERS),
         ("18.50 is 18", 'NO_INTEGER if decimals.strip("0") else whole', "whole", checks.INTEGERS),
         ("18.00 is none", 'decimals.strip("0")', "decimals", checks.INTEGERS),
@@ -880,7 +880,7 @@ DISTILLATION = [
         ("spaces kept", '.replace(" ", "")', "", checks.INTEGERS),
     ),
     *mistakes_in(
-        "distill.choose_answer",
+        "baselines.sdft.choose_answer",
         ("the reference stripped too", "reference if fault", "reference.strip() if fault", checks.LEFT),
         ("the text not stripped", "else text.strip()", "else text", checks.TAKEN),
     ),
@@ -888,15 +888,15 @@ DISTILLATION = [
 
 BASELINES = [
     *mistakes_in(
-        "baselines.neftune",
+        "baselines.regularisers.neftune",
         ("twice the noise", "noise=noise", "noise=2 * noise", checks.NEFTUNE),
     ),
     *mistakes_in(
-        "baselines.uniform_noise",
+        "baselines.regularisers.uniform_noise",
         ("padded length", "math.sqrt(length * width)", "math.sqrt(batch.tokens.shape[1] * width)", checks.NOISE),
     ),
     *mistakes_in(
-        "baselines.gem_loss",
+        "baselines.regularisers.gem_loss",
         ("q carries a gradient", "logits.detach() / beta", "logits / beta", checks.GEM),
         ("temperature forgotten", "logits.detach() / beta", "logits.detach()", checks.GEM),
         ("w carries a gradient", "gaps.detach()", "gaps", checks.GEM),
@@ -910,17 +910,17 @@ BASELINES = [
         ("sum over tokens", ".mean()", ".sum()", checks.GEM),
     ),
     *mistakes_in(
-        "baselines.sam",
+        "baselines.regularisers.sam",
         ("descent", "alpha), batch", "-alpha), batch", checks.SAM),
         ("gradient of the start", "ascend(task, ascent, alpha)", "task", checks.SAM),
     ),
     *mistakes_in(
-        "baselines.feature_regulariser",
+        "baselines.regularisers.feature_regulariser",
         ("λ forgotten", "lam * penalty", "penalty", checks.penalty("l2", "mean")),
         ("penalty alone", "sft + ", "", checks.penalty("l2", "mean")),
     ),
     *mistakes_in(
-        "baselines.feature_penalty",
+        "baselines.regularisers.feature_penalty",
         ("L2 for L1", "ord=order", "ord=2", checks.penalty("l1", "mean")),
         ("divided by D, not by its root", "** (1 / order)", "", checks.penalty("l2", "mean")),
         (
@@ -932,7 +932,7 @@ BASELINES = [
         ("mean over tokens for the sum", "sizes.sum() / len(mask)", "sizes.sum(0).mean()", checks.penalty("l1", "sum")),
     ),
     *mistakes_in(
-        "baselines.logit_divergence",
+        "baselines.regularisers.logit_divergence",
         (
             "reversed divergence",
             "divergence(F.log_softmax(moved, dim=-1), F.log_softmax(z, dim=-1))",
@@ -955,19 +955,19 @@ BASELINES = [
         ),
     ),
     *mistakes_in(
-        "released.released_lora",
+        "baselines.released.released_lora",
         ("both passes rounded", "relative_to(record)", "base_product", checks.bfloat16("released")),
     ),
     *mistakes_in(
-        "baselines.ensemble",
+        "baselines.averages.ensemble",
         ("beta weighs the tuned model", "(1 - beta) * scale", "beta * scale", checks.ENSEMBLE),
     ),
     *mistakes_in(
-        "baselines.ema",
+        "baselines.averages.ema",
         ("beta weighs the present", "beta * a + (1 - beta) * c", "(1 - beta) * a + beta * c", checks.MOVING),
     ),
     *mistakes_in(
-        "anchored.anchor_divergence",
+        "baselines.anchored.anchor_divergence",
         ("the anchor carries a gradient", "log_p.detach().exp()", "log_p.exp()", checks.ANCHORED),
         (
             "shares exchanged",
@@ -977,7 +977,7 @@ BASELINES = [
         ),
     ),
     *mistakes_in(
-        "anchored.reference_probabilities",
+        "baselines.anchored.reference_probabilities",
         (
             "reference one position late",
             "answer_mask(batch.labels)",

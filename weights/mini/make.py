@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from lfu import data, model
-from lfu.data import Batch, Example, ModelTokenizer
-from lfu.evaluate import is_right
+from lfu import model
+from lfu.data.batches import Batch, Example, collate, split_by_length
+from lfu.data.tokens import Format, ModelTokenizer, encode_row, load_tokenizer, prompt_ids, token_ids
+from lfu.evaluation.generative import is_right
 from lfu.generate import generate
 from lfu.io.files import write_json, write_tensors
 from lfu.loss import sft_loss
@@ -435,16 +436,16 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 # --- pretraining ------------------------------------------------------------------------------------------------------
 
 BATCH, LEARNING_RATE, WARM_UP = 48, 4e-3, 200
-FORMAT = data.Format("question")
+FORMAT = Format("question")
 
 
 def encode_story(tokenizer: ModelTokenizer, text: str) -> Example:
-    return Example([*tokenizer.bos, *data.token_ids(tokenizer, text), tokenizer.eos], prompt=1, row=0)
+    return Example([*tokenizer.bos, *token_ids(tokenizer, text), tokenizer.eos], prompt=1, row=0)
 
 
 def encode_question(tokenizer: ModelTokenizer, row: Row) -> Example:
     """Without loss on the question: what it asks about is chance, and a small model learns faster when spared it."""
-    return data.encode_row(tokenizer, FORMAT, data.Row(0, row["question"], row["answer"], row))
+    return encode_row(tokenizer, FORMAT, Row(0, row["question"], row["answer"], row))
 
 
 def initial(config: Config, generator: torch.Generator) -> Params:
@@ -461,9 +462,9 @@ def batches(examples: Sequence[Example]) -> Iterator[Batch]:
     """One epoch in random order, but with examples of similar length together, so that little is padding."""
     rng = random.Random("batches")
     for start in range(0, len(examples), 64 * BATCH):
-        groups = data.split_by_length(examples[start : start + 64 * BATCH], BATCH)
+        groups = split_by_length(examples[start : start + 64 * BATCH], BATCH)
         rng.shuffle(groups)
-        yield from map(data.collate, groups)
+        yield from map(collate, groups)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -494,7 +495,7 @@ def pretrain(config: Config, params: Params, examples: Sequence[Example]) -> Non
 
 def scores(config: Config, params: Params, tokenizer: ModelTokenizer, rows: Sequence[Row]) -> dict[str, float]:
     """Task -> the share of its rows that are answered exactly, greedily."""
-    prompts = [data.prompt_ids(tokenizer, FORMAT, row["question"]) for row in rows]
+    prompts = [prompt_ids(tokenizer, FORMAT, row["question"]) for row in rows]
     marks: dict[str, list[bool]] = {}
     for index, completion in generate(config, params, tokenizer, prompts, max_new_tokens=64):
         marks.setdefault(rows[index]["task"], []).append(is_right(completion.text, rows[index]["answer"]))
@@ -504,7 +505,7 @@ def scores(config: Config, params: Params, tokenizer: ModelTokenizer, rows: Sequ
 def print_scores(splits: dict[str, list[Row]]) -> None:
     """The saved model on every test split."""
     config, params = model.load(HERE)
-    tokenizer = data.load_tokenizer(HERE, config.vocab_size)
+    tokenizer = load_tokenizer(HERE, config.vocab_size)
     for split in (split for split in splits if split.endswith("/test")):
         shares = scores(config, params, tokenizer, splits[split])
         print(f"{split:18}", "  ".join(f"{task} {share:.0%}" for task, share in shares.items()))
@@ -521,7 +522,7 @@ def make_model(splits: dict[str, list[Row]]) -> None:
         train_tokenizer([*stories, *(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows)])
     )
     config = model.read_config(HERE / "config.json")
-    tokenizer = data.load_tokenizer(HERE, config.vocab_size)
+    tokenizer = load_tokenizer(HERE, config.vocab_size)
     examples = [encode_question(tokenizer, row) for row in rows] + [encode_story(tokenizer, text) for text in stories]
     random.Random("order").shuffle(examples)
     params = initial(config, torch.Generator().manual_seed(0))

@@ -9,13 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lfu import evaluate as evaluating
 from lfu import generate as generating
-from lfu import likelihood as likelihoods
-from lfu.data import TEMPLATES, Example, Row, encode_row, read_rows
-from lfu.errors import InputError, option_name
-from lfu.evaluate import Estimate
-from lfu.verbs.shared import (
+from lfu.cli.options import (
     InferenceOptions,
     PromptSetup,
     RowsOptions,
@@ -26,6 +21,14 @@ from lfu.verbs.shared import (
     option,
     require_counts,
 )
+from lfu.data.batches import Example
+from lfu.data.rows import Row, read_rows
+from lfu.data.tokens import TEMPLATES, encode_row
+from lfu.errors import InputError, option_name
+from lfu.evaluation import generative as evaluating
+from lfu.evaluation import loglikelihood as likelihoods
+from lfu.evaluation.estimates import Estimate, accuracy
+from lfu.evaluation.nll import answer_nll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +143,7 @@ def by_answers(options: EvalOptions) -> Iterator[Described]:
     prompts, stop = build_prompts(options, setup, rows) if options.generate else ([], ())
     loaded = load_model(options, setup)
     if examples:
-        nll = evaluating.answer_nll(
-            loaded.config, loaded.base, examples, loaded.adapters, batch_size=options.batch_size
-        )
+        nll = answer_nll(loaded.config, loaded.base, examples, loaded.adapters, batch_size=options.batch_size)
         yield "nll", nll, describe_prompt(setup)
     if options.generate:
         answers = generating.generate(
@@ -152,7 +153,7 @@ def by_answers(options: EvalOptions) -> Iterator[Described]:
         hits = score_answers(options, rows, answers)
         how = f"harness prompt, {options.shots}-shot" if options.prompt == "harness" else describe_prompt(setup)
         how += f", greedy, at most {options.max_new_tokens} new tokens"
-        yield from ((name, evaluating.accuracy([hit[name] for hit in hits]), how) for name in hits[0])
+        yield from ((name, accuracy([hit[name] for hit in hits]), how) for name in hits[0])
 
 
 def build_prompts(options: EvalOptions, setup: PromptSetup, rows: list[Row]) -> tuple[list[list[int]], Sequence[str]]:

@@ -20,14 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from lfu.data import Batch
+from lfu.data.batches import IGNORED, Batch
 from lfu.errors import InputError
-from lfu.lora import Adapter, Lora
-from lfu.loss import IGNORED, answer_labels, answer_loss, answer_mask
-from lfu.memory import rematerialised
+from lfu.lora import Lora
+from lfu.loss import answer_labels, answer_loss, answer_mask
 from lfu.model import Config, Params, embed, frozen_linear, rms_norm, stream_dtype, trunk, unembed
+from lfu.remat import rematerialised
 from lfu.train import Differentiate, Metrics, ascend, differentiate, global_norm, sft_gradient
 
 Loss = Callable[[list[Tensor], Tensor, Tensor], tuple[Tensor, Metrics]]
@@ -209,20 +208,3 @@ def logit_divergence(
 
 
 # --- averages of adapters -------------------------------------------------------------------------
-
-
-def ema(average: Lora, current: Lora, beta: float) -> Lora:
-    """Table 11 b: beta·average + (1 - beta)·current, after every step. It starts as the adapter before the first.
-
-    A and B are averaged, not their product.
-    """
-    return tree_map(lambda a, c: beta * a + (1 - beta) * c, average, current)
-
-
-def ensemble(adapter: Adapter, beta: float) -> Adapter:
-    """Table 11 a: beta·θ_vanilla + (1 - beta)·θ_SFT. beta weighs the base model: 0 is the adapter, 1 is without it.
-
-    The average is one of weights: W + s·B A and W, so it scales the product B A.
-    """
-    lora, scale = adapter
-    return lora, (1 - beta) * scale

@@ -10,13 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lfu.data import Row, read_row, read_rows
-from lfu.distill import RECIPES, Answer, rewrite_answers
-from lfu.errors import InputError
-from lfu.io.files import read_json, write_json, write_text
-from lfu.io.huggingface import fingerprint
-from lfu.layouts import get_layout
-from lfu.verbs.shared import (
+from lfu.baselines.sdft import RECIPES, Answer, rewrite_answers
+from lfu.cli.options import (
     InferenceOptions,
     ModelOptions,
     RowsOptions,
@@ -29,6 +24,10 @@ from lfu.verbs.shared import (
     option,
     require_counts,
 )
+from lfu.data.rows import Row, get_layout, read_row, read_rows
+from lfu.errors import InputError
+from lfu.io.files import read_json, write_json, write_text
+from lfu.io.huggingface import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

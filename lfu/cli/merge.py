@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from lfu import lora, model
-from lfu.baselines import ensemble
+from lfu.baselines.averages import ensemble
+from lfu.cli.options import adapter_format, cast_adapter, check_writable, format_flags, option
 from lfu.errors import InputError
 from lfu.io.huggingface import resolve_model, write_model
 from lfu.io.tensors import stored_dtype
-from lfu.verbs.shared import adapter_format, cast_adapter, check_writable, format_flags, option
 
 
 @dataclass(frozen=True, kw_only=True)

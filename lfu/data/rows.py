@@ -1,4 +1,4 @@
-"""Layouts: where the question and the answer stand in a row, dataset by dataset.
+"""Rows of a JSONL file, and layouts: where question and answer stand in a row, dataset by dataset.
 
 A layout is a function of one JSON object that returns (question, answer). The four fine-tuning sets of the paper, as
 they are published:
@@ -13,15 +13,19 @@ they are published:
 
 The authors released only how GSM8K's columns are named. Which words turned an ARC row into an instruction, what became
 of LIMA's dialogues, and the Dolly answers that they had GPT-4o-mini revise (appendix C) are not known; each docstring
-says what is done here instead. Read next: `generate.py`.
+says what is done here instead. Read next: `tokens.py`.
 """
 
+import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from lfu.errors import InputError
+
+# --- layouts --------------------------------------------------------------------------------------
 
 Layout = Callable[[dict[str, Any]], tuple[str, str]]
 """A row's JSON object -> (question, answer). InputError, without file and line, names the column that is at fault."""
@@ -89,9 +93,6 @@ def get_layout(name: str, question: str, answer: str) -> Layout:
     return LAYOUTS[name]
 
 
-# --- one column -----------------------------------------------------------------------------------
-
-
 def require_column(fields: dict[str, Any], column: str, kind: type) -> Any:
     """What stands in a column; InputError if it is missing or of another type."""
     if column not in fields:
@@ -116,3 +117,65 @@ def first_present(fields: dict[str, Any], *names: str) -> str:
     if len(found) > 1:
         raise InputError(f"the columns {' and '.join(map(repr, found))} mean the same; a row must have one of them.")
     return found[0] if found else names[0]
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One line of a JSONL file."""
+
+    number: int  # from 1, as editors count
+    question: str
+    answer: str
+    fields: dict  # the whole line
+
+
+def read_rows(path: str | Path, layout: Layout = columns) -> list[Row]:
+    """The rows of a JSONL file in this layout; GSM8K's published files have the default one.
+
+    InputError names the line of whatever is not a JSON object, and the column that is missing or holds another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"The data file {path} does not exist, or is not a file.")
+    rows = [read_row(path, number, line, layout) for number, line in numbered_lines(path)]
+    if not rows:
+        raise InputError(f"{path} holds no rows.")
+    return rows
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}.") from error
+
+
+def read_row(path: Path, number: int, line: str, layout: Layout) -> Row:
+    """One line as a Row, or InputError with its number."""
+    try:
+        fields = json_object(line)
+        return Row(number, *layout(fields), fields)
+    except InputError as error:
+        raise InputError(f"{path}, line {number}: {error}") from error
+
+
+def json_object(line: str) -> dict:
+    """A line parsed; InputError if it is anything but one object."""
+    hint = " Of a JSON array, write each item on a line: jq -c '.[]' FILE." if line.lstrip().startswith("[") else ""
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"not valid JSON ({error}).{hint}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"a row must be a JSON object, not {type(fields).__name__}.{hint}")
+    for name, value in fields.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise InputError(f"column {name!r} contains an unpaired surrogate, {half!r}: fix or remove it.") from error
+    return fields

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from lfu import generate as generating
-from lfu.data import TEMPLATES
-from lfu.verbs.shared import InferenceOptions, encode_question, load_model, load_prompt_setup, option, require_counts
+from lfu.cli.options import InferenceOptions, encode_question, load_model, load_prompt_setup, option, require_counts
+from lfu.data.tokens import TEMPLATES
 
 
 @dataclass(frozen=True, kw_only=True)

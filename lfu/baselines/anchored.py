@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfu.baselines import loss_gradient
-from lfu.data import Batch
+from lfu.baselines.regularisers import loss_gradient
+from lfu.data.batches import Batch
 from lfu.errors import InputError
 from lfu.lora import Lora
 from lfu.loss import answer_mask

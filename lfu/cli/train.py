@@ -19,19 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lfu import __version__, lora, methods, model
 from lfu import train as training
-from lfu.data import LOSS_ON, TEMPLATES, Example, Format, encode_rows, load_tokenizer, read_rows
-from lfu.distributed import process_group, rank_and_world_size
-from lfu.errors import InputError
-from lfu.io.files import read_json, sha256, write_json
-from lfu.io.huggingface import fingerprint, resolve_model
-from lfu.loss import NORMS
-from lfu.memory import expected_peak
-from lfu.runs import (
-    Run,
-    log_and_save,
-    restore,
-)
-from lfu.verbs.shared import (
+from lfu.cli.options import (
     ModelOptions,
     RowsOptions,
     adapter_format,
@@ -43,6 +31,20 @@ from lfu.verbs.shared import (
     format_flags,
     option,
     require_counts,
+)
+from lfu.data.batches import Example
+from lfu.data.rows import read_rows
+from lfu.data.tokens import LOSS_ON, TEMPLATES, Format, encode_rows, load_tokenizer
+from lfu.distributed import process_group, rank_and_world_size
+from lfu.errors import InputError
+from lfu.io.files import read_json, sha256, write_json
+from lfu.io.huggingface import fingerprint, resolve_model
+from lfu.loss import NORMS
+from lfu.profiling.memory import expected_peak
+from lfu.runs import (
+    Run,
+    log_and_save,
+    restore,
 )
 
 

@@ -14,15 +14,15 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from lfu import __version__
-from lfu import likelihood as likelihoods
+from lfu.cli.bench import BenchOptions, bench
+from lfu.cli.distill import DistillOptions, distill
+from lfu.cli.evaluate import EvalOptions, evaluate
+from lfu.cli.generate import GenerateOptions, generate
+from lfu.cli.merge import MergeOptions, merge
+from lfu.cli.train import TrainOptions, train
 from lfu.errors import InputError, is_out_of_memory, option_name
+from lfu.evaluation import loglikelihood as likelihoods
 from lfu.methods import RELEASED
-from lfu.verbs.bench import BenchOptions, bench
-from lfu.verbs.distill import DistillOptions, distill
-from lfu.verbs.evaluate import EvalOptions, evaluate
-from lfu.verbs.generate import GenerateOptions, generate
-from lfu.verbs.merge import MergeOptions, merge
-from lfu.verbs.train import TrainOptions, train
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
     "train": (TrainOptions, train, "fine-tune an adapter"),
@@ -115,7 +115,3 @@ def add_option(verb: argparse.ArgumentParser, each: Field) -> None:
     kind = next(kind for kind in (float, int, str) if kind.__name__ in str(each.type))
     how = {"type": kind, "required": required, "default": None if required else each.default, "help": text} | how
     verb.add_argument(flag, dest=each.name, **how)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

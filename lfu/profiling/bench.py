@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lfu import lora, steering
-from lfu.data import Batch, ModelTokenizer, pad
+from lfu.data.batches import IGNORED, Batch, pad
+from lfu.data.tokens import ModelTokenizer
 from lfu.generate import generate
 from lfu.lora import TARGETS, Adapter, Lora, stack
-from lfu.loss import IGNORED, answer_labels, answer_loss, answer_mask, consistency_loss
-from lfu.memory import peak
+from lfu.loss import answer_labels, answer_loss, answer_mask, consistency_loss
 from lfu.model import (
     Config,
     Params,
@@ -40,6 +40,7 @@ from lfu.model import (
     trunk,
     unembed,
 )
+from lfu.profiling.memory import peak
 from lfu.train import Aux, Metrics, ascend, compiled, differentiate, global_norm, lfu_gradient, sft_gradient
 
 SCALE, ALPHA, LAM = 2.0, 0.1, 5.0

@@ -11,105 +11,17 @@ EOS ends the answer and nothing follows it; the published template also trained 
 that puts a space before every text (Llama 2's) puts one before prompt and answer alike. Read next: `layouts.py`.
 """
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
+from lfu.data.batches import Example
+from lfu.data.rows import Row
 from lfu.errors import InputError
 from lfu.io.files import read_json
-from lfu.layouts import Layout, columns
-from lfu.loss import IGNORED
-
-
-class Batch(NamedTuple):
-    tokens: Tensor  # [B,T] int64, right-padded
-    labels: Tensor  # [B,T] int64, -100 where no loss
-
-
-class Row(NamedTuple):
-    """One line of a JSONL file."""
-
-    number: int  # from 1, as editors count
-    question: str
-    answer: str
-    fields: dict  # the whole line
-
-
-class Example(NamedTuple):
-    """One tokenised row."""
-
-    tokens: list[int]
-    prompt_length: int  # how many of the tokens are given
-    line_number: int  # the line it came from
-    instruction: range = range(0)  # which of the given tokens carry loss all the same
-
-    @property
-    def num_loss_tokens(self) -> int:
-        """How many tokens carry loss. The first token of a row is never predicted."""
-        return len(self.tokens) - max(self.prompt_length, 1) + len(self.instruction) - (0 in self.instruction)
-
-
-# --- rows -----------------------------------------------------------------------------------------
-
-
-def read_rows(path: str | Path, layout: Layout = columns) -> list[Row]:
-    """The rows of a JSONL file in this layout; GSM8K's published files have the default one.
-
-    InputError names the line of whatever is not a JSON object, and the column that is missing or holds another type.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"The data file {path} does not exist, or is not a file.")
-    rows = [read_row(path, number, line, layout) for number, line in numbered_lines(path)]
-    if not rows:
-        raise InputError(f"{path} holds no rows.")
-    return rows
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}.") from error
-
-
-def read_row(path: Path, number: int, line: str, layout: Layout) -> Row:
-    """One line as a Row, or InputError with its number."""
-    try:
-        fields = json_object(line)
-        return Row(number, *layout(fields), fields)
-    except InputError as error:
-        raise InputError(f"{path}, line {number}: {error}") from error
-
-
-def json_object(line: str) -> dict:
-    """A line parsed; InputError if it is anything but one object."""
-    hint = " Of a JSON array, write each item on a line: jq -c '.[]' FILE." if line.lstrip().startswith("[") else ""
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"not valid JSON ({error}).{hint}") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"a row must be a JSON object, not {type(fields).__name__}.{hint}")
-    for name, value in fields.items():
-        try:
-            json.dumps({name: value}, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise InputError(f"column {name!r} contains an unpaired surrogate, {half!r}: fix or remove it.") from error
-    return fields
-
-
-# --- templates ------------------------------------------------------------------------------------
 
 
 class Template(NamedTuple):
@@ -137,6 +49,8 @@ TEMPLATES = {
 
 
 LOSS_ON = ("answer", "instruction+answer")
+
+
 QUESTION = re.compile(r"( ?\{question\})")
 """Where Instruction Modelling cuts a piece. A space before the question is its own, as that before the answer is."""
 
@@ -158,9 +72,6 @@ def require_template(name: str) -> Template:
     if name not in TEMPLATES:
         raise InputError(f"There is no template {name!r}; there are {', '.join(TEMPLATES)}.")
     return TEMPLATES[name]
-
-
-# --- tokens ---------------------------------------------------------------------------------------
 
 
 class ModelTokenizer(NamedTuple):
@@ -301,40 +212,3 @@ def rejection_reason(
     if special:
         return f"the text itself contains the special token {tokenizer.backend.id_to_token(special[0])}"
     return None
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-def shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of the rows in one epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
-
-
-def split_by_length(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """Examples in batches of similar length, so that little is padding."""
-    ordered = sorted(examples, key=lambda example: len(example.tokens))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-
-def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> Batch:
-    """Right-padded tokens, and labels that are -100 wherever there is no loss, as on the padding."""
-    tokens = pad([example.tokens for example in examples])
-    labels = pad([make_labels(example) for example in examples], IGNORED)
-    return Batch(tokens.to(device), labels.to(device))
-
-
-def make_labels(example: Example) -> list[int]:
-    """The tokens that carry loss, and -100 in place of the others."""
-    labels = [IGNORED] * example.prompt_length + example.tokens[example.prompt_length :]
-    for place in example.instruction:
-        labels[place] = example.tokens[place]
-    return labels
-
-
-def pad(rows: Sequence[Sequence[int]], filler: int = 0) -> Tensor:  # -> [B,T] int64
-    """Rows of unequal length as one tensor. What is padding is told by its place, so any token may fill it."""
-    padded = torch.full((len(rows), max(map(len, rows))), filler, device="cpu")
-    for row, values in enumerate(rows):
-        padded[row, : len(values)] = torch.tensor(values, device="cpu")
-    return padded

@@ -6,34 +6,19 @@ model is asked in the template it was trained on. `f1` compares words (SQuAD, Co
 a refusal. The likelihood of answers is at the end; what is scored by it, in the next file. Read next: `likelihood.py`.
 """
 
-import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from lfu.data import Example, ModelTokenizer, Row, collate, read_rows, split_by_length, token_ids
+from lfu.data.rows import Layout, Row, columns, read_rows
+from lfu.data.tokens import ModelTokenizer, token_ids
 from lfu.errors import InputError
-from lfu.layouts import Layout, columns
-from lfu.lora import Adapter
-from lfu.loss import answer_labels, answer_mask
-from lfu.model import Config, Params, embed, trunk, unembed
-
-
-class Estimate(NamedTuple):
-    """A mean over n items, and its standard error."""
-
-    mean: float
-    error: float
-    n: int
-
 
 # --- exact match -----------------------------------------------------------------------------------
 
@@ -181,13 +166,6 @@ def require_numbers(path: str | Path, rows: Sequence[Row]) -> None:
         )
 
 
-def accuracy(hits: Sequence[float]) -> Estimate:
-    """The mean of hits, or of scores from 0 to 1; the standard error is the harness': sample deviation over √n."""
-    n, mean = len(hits), sum(hits) / len(hits)
-    spread = sum((hit - mean) ** 2 for hit in hits)
-    return Estimate(mean, math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan, n)
-
-
 # --- the harness' prompt ---------------------------------------------------------------------------
 
 PROMPT_VARIANTS = (
@@ -226,69 +204,3 @@ def draw_shots(pool: Sequence[Row], count: int, seed: int, row: Row) -> list[Row
 
 
 # --- likelihood ------------------------------------------------------------------------------------
-
-
-def answer_nll(
-    config: Config,
-    params: Params,
-    examples: Sequence[Example],
-    adapters: Sequence[Adapter] = (),
-    *,
-    batch_size: int = 16,
-) -> Estimate:
-    """Mean negative log-likelihood of the labelled tokens, in nats; n counts tokens, the error is over rows."""
-
-    def losses(batch: Sequence[Example]) -> list[float]:
-        return [-row.logprob for row in row_likelihoods(config, params, batch, adapters)]
-
-    return per_token(examples, losses, batch_size)
-
-
-def per_token(
-    examples: Sequence[Example], measure: Callable[[Sequence[Example]], list[float]], batch_size: int
-) -> Estimate:
-    """What `measure` finds for each row of a batch, summed, over all labelled tokens; rows come sorted by length."""
-    batches = split_by_length(examples, batch_size)
-    counts = [each.num_loss_tokens for batch in batches for each in batch]
-    return ratio([found for batch in batches for found in measure(batch)], counts)
-
-
-def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
-    """Σ sums / Σ counts over rows; the standard error is that of a ratio, from the rows' deviations from the mean."""
-    total, n, rows = np.array(sums, dtype=np.float64), np.array(counts), len(counts)
-    mean = total.sum() / n.sum()
-    spread = np.sqrt(((total - mean * n) ** 2).sum() * rows / (rows - 1)) if rows > 1 else math.nan
-    return Estimate(float(mean), float(spread / n.sum()), int(n.sum()))
-
-
-class Likelihood(NamedTuple):
-    """Of the labelled tokens of one row."""
-
-    logprob: float  # Σ log P, in nats
-    greedy: bool  # each of them is the most likely token at its place
-
-
-POSITIONS = 4096
-"""How many positions have their logits in memory at once."""
-
-
-def row_likelihoods(
-    config: Config, params: Params, examples: Sequence[Example], adapters: Sequence[Adapter]
-) -> list[Likelihood]:
-    """The likelihood of each row's labelled tokens, in the stream dtype; logits only where they are needed."""
-    batch = collate(examples, params.embed.device)
-    mask = answer_mask(batch.labels)
-    hidden = trunk(config, params, embed(params, batch.tokens), adapters)[-1][mask]  # [n,D]
-    logprobs, misses = [], []
-    for h, wanted in zip(hidden.split(POSITIONS), answer_labels(batch.labels).split(POSITIONS)):
-        log_p = unembed(config, params, h).log_softmax(-1)  # [.,V]
-        logprobs.append(log_p.gather(1, wanted[:, None])[:, 0])
-        misses.append(log_p.argmax(-1) != wanted)
-    sums = sum_rows(mask, torch.cat(logprobs)), sum_rows(mask, torch.cat(misses).int())
-    return [Likelihood(total, missed == 0) for total, missed in zip(*sums)]
-
-
-def sum_rows(mask: Tensor, values: Tensor) -> list[float]:  # [B,T] bool, [n] -> B
-    """Sums over each row of values that stand at the positions of the mask."""
-    rows = mask.nonzero()[:, 0]
-    return torch.zeros(len(mask), dtype=values.dtype, device=values.device).index_add(0, rows, values).tolist()

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lfu import lora, model
-from lfu.data import TEMPLATES, Format, ModelTokenizer, load_tokenizer, prompt_ids
+from lfu.data.rows import LAYOUTS, Layout, get_layout
+from lfu.data.tokens import TEMPLATES, Format, ModelTokenizer, load_tokenizer, prompt_ids
 from lfu.errors import InputError, option_name
 from lfu.io.files import read_json
 from lfu.io.huggingface import fingerprint, resolve_model
-from lfu.layouts import LAYOUTS, Layout, get_layout
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 

@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lfu.data import Example, Format, ModelTokenizer, Row, prompt_ids, read_rows, require_template, token_ids
+from lfu.data.batches import Example
+from lfu.data.rows import Row, columns, read_rows, require_column
+from lfu.data.tokens import Format, ModelTokenizer, prompt_ids, require_template, token_ids
 from lfu.errors import InputError
-from lfu.evaluate import Estimate, Likelihood, accuracy, ratio, row_likelihoods
+from lfu.evaluation.estimates import Estimate, accuracy, ratio
+from lfu.evaluation.nll import Likelihood, row_likelihoods
 from lfu.io.files import read_json
-from lfu.layouts import columns, require_column
 from lfu.lora import Adapter
 from lfu.model import Config, Params
 

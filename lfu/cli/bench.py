@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lfu import bench as benchmark
 from lfu import model
-from lfu.data import load_tokenizer
+from lfu.cli.options import ModelOptions, choose_device, choose_dtype, option, require_counts
+from lfu.data.tokens import load_tokenizer
 from lfu.errors import InputError
 from lfu.io.huggingface import resolve_model
-from lfu.verbs.shared import ModelOptions, choose_device, choose_dtype, option, require_counts
+from lfu.methods import require_compiler
+from lfu.profiling import bench as benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ def bench(options: BenchOptions) -> str:
     Beside transformers and peft where they are installed. Prints and returns two tables in Markdown.
     """
     require_counts(options, "rows", "length", "answer", "rank", "rounds", "prompts", "new_tokens")
+    if options.compile:
+        require_compiler("lfu-lora")
     if options.answer >= options.length:
         raise InputError(f"answer must be less than length, {options.length}, not {options.answer}.")
     device, folder = choose_device(options.device), resolve_model(options.model)

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.utils._pytree import tree_map
 
-from lfu.data import Batch, Example, collate
+from lfu.data.batches import IGNORED, Batch, Example, collate
 from lfu.errors import InputError
 from lfu.lora import Lora
-from lfu.loss import IGNORED, consistency_loss, sft_loss
+from lfu.loss import consistency_loss, sft_loss
 from lfu.model import (
     Config,
     Params,

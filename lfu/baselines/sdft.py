@@ -16,7 +16,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lfu.data import ModelTokenizer, Row, token_ids
+from lfu.data.rows import Row
+from lfu.data.tokens import ModelTokenizer, token_ids
 from lfu.generate import generate, make_sampler
 from lfu.model import Config, Params
 

@@ -1,0 +1,1 @@
+"""What LfU is compared with."""

@@ -1,0 +1,1 @@
+"""Scores: of generated answers, and of the likelihood of given ones."""

@@ -1,0 +1,1 @@
+"""What a step takes: time, memory and arithmetic."""

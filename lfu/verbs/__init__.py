@@ -1,1 +1,0 @@
-"""The verbs of the `lfu` command, one file each: a function of one options object. `shared.py` is what they share."""
