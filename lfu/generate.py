@@ -3,7 +3,7 @@
 Each prompt goes once through the decoder to fill the cache, a few prompts of similar length at a time; then all go on
 together, token by token. Rows of a batch may differ in length and end at different times: finished rows leave the
 batch as soon as half of it is finished. A row's result, be it drawn or not, depends on what it is batched with only by
-the rounding of the products. Read next: `distill.py`.
+the rounding of the products. Read next: `evaluation/estimates.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -4,8 +4,8 @@ Every method has the signature (config, base, task, batch, generator) -> (gradie
 keyword arguments, bound with `functools.partial`. A new method is a new function here, its name in METHODS, and in
 PUBLISHED those of alpha, lam, beta, layers and norm that it takes. All are given `scale`; all but the released ones
 also `remat` and, where they are to be compiled, `differentiate`. A hyper-parameter of another name also needs an
-argument of `bind` and an option of `lfu train`. Read next: `data.py`; `baselines.py`, an aside, is what LfU is compared
-with.
+argument of `bind` and an option of `lfu train`. Read next: `data/rows.py`; `baselines/`, an aside, is what LfU is
+compared with.
 """
 
 import math

@@ -161,7 +161,7 @@ def trunk(
     hidden = []
     for index, layer in enumerate(params.layers):
         # The loss uses h_l beside the next block. Through a view, what flows back from the block is summed first, as in
-        # `memory.rematerialised`: so recomputing changes no bit.
+        # `remat.rematerialised`: so recomputing changes no bit.
         x = block(config, layer, x.view_as(x), rotary, linear_with_adapters(layer, index, adapters, product), attend)
         if steering is not None:
             x = x + steering.mask[..., None] * steering.vectors[index]
@@ -338,7 +338,7 @@ def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
 
 
 def read_config(path: Path) -> Config:
-    """config.json -> Config; InputError for what this decoder cannot compute (see `checkpoint.parse_config`)."""
+    """config.json -> Config; InputError for what this decoder cannot compute (see `io/config.py`)."""
     settings = parse_config(path)
     scaling = settings.pop("rope_scaling")
     return Config(**settings, rope_scaling=Llama3Scaling(**scaling) if scaling else None)

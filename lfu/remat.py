@@ -1,11 +1,9 @@
-"""Memory: how much a step takes, and how to take less of it for more time.
+"""Blocks computed again: less memory for more time.
 
 A step keeps three things: the states h_l; what the backward pass needs from inside the blocks; and the clean pass's
 products, to which the perturbed pass is exact. `rematerialised` and `relative_to_states` keep the states alone, and
 compute the inside of a block again from the state before it whenever it is needed. The operations are the same, so the
 gradients are equal bit for bit.
-
-`peak` counts what a step takes, and `expected_peak` predicts it from two much smaller steps.
 
 `torch.utils.checkpoint` does not work inside `torch.func`; an `autograd.Function` of the newer form, with
 `setup_context`, does. An aside, for when a step does not fit: the way goes from `train.py` to `methods.py`.

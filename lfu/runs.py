@@ -1,4 +1,8 @@
-"""One run on disk."""
+"""One run on disk: its log, its checkpoints, its moving average, and how it is resumed. It needs no command line.
+
+A checkpoint is an adapter folder with the optimizer's moments beside it, written whole or not at all; so a run that is
+continued from it is the run that was never interrupted. Read next: `distributed.py`.
+"""
 
 import json
 import re

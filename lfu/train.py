@@ -5,9 +5,9 @@ compute the same thing there: one forward and one backward pass yield both the g
 ascent direction of Eq. 2. One more of each yields the gradient of the consistency loss, Eqs. 3 to 5. Eq. 6 adds them.
 
 Gradients are values: `torch.func` returns them as trees of the same shape as what they belong to. A `Batch` is tokens
-and labels [B,T], -100 where there is no loss; an `Example` is one row of it before padding (both: `data.py`).
+and labels [B,T], -100 where there is no loss; an `Example` is one row of it before padding (both: `data/batches.py`).
 
-Read next: `methods.py`; `memory.py` is for when a step does not fit.
+Read next: `methods.py`; `remat.py` is for when a step does not fit.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The released variants compute what the authors' code computes: shown with transformers and peft, module by module.
 
-The reference here is written from the facts that `lfu/released.py` states, in the shape of the original: a PEFT model
-whose parameters are moved in place and whose MLPs are wrapped. It is told the same second rows. Every deliberate error
-in it must be seen.
+The reference here is written from the facts that `lfu/baselines/released.py` states, in the shape of the original: a
+PEFT model whose parameters are moved in place and whose MLPs are wrapped. It is told the same second rows. Every
+deliberate error in it must be seen.
 """
 
 from collections.abc import Iterator

@@ -8,8 +8,8 @@
 - `ema` and `ensemble`: averages of adapters (Table 11), which are no gradient methods but functions.
 
 Methods report the SFT loss of Eq. 1 whatever they minimise. Where a paper and its code disagree, or the paper is
-silent, the docstring says what was chosen. Instruction modelling is a choice of labels (`data.py`), and SDFT rewrites
-the data (`distill.py`). An aside; the next one is `anchored.py`.
+silent, the docstring says what was chosen. Instruction modelling is a choice of labels (`data/tokens.py`), and SDFT
+rewrites the data (`sdft.py`). An aside; the next one is `anchored.py`.
 """
 
 import math

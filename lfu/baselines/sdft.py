@@ -8,8 +8,7 @@ answer, and an answer that stays is left byte for byte, where theirs is stripped
 
 The published runs drew the answers (temperature 0.95, top_p 0.7, top_k 50, at most 512 new tokens, ended by EOS alone),
 so the result depends on a seed. They started from chat models. Of a model that cannot follow such a prompt few answers
-pass the GSM8K check; most pass the general one, which hardly asks anything, whatever they are worth. Read next:
-`evaluate.py`.
+pass the GSM8K check; most pass the general one, which hardly asks anything, whatever they are worth. An aside.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""`lfu bench`: what a step costs on this machine. Read next: `lfu/cli.py`."""
+"""`lfu bench`: what a step costs on this machine. Read next: `main.py`."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""`lfu distill`: a data set with its answers in the model's own words. Read next: `verbs/bench.py`."""
+"""`lfu distill`: a data set with its answers in the model's own words. Read next: `bench.py`."""
 
 import json
 import math
@@ -35,7 +35,9 @@ class DistillOptions(RowsOptions, ModelOptions):
     model: str = option("model folder or hub id; the model that will be fine-tuned")
     out: str = option("JSONL file for the same rows with their new answers, written as they come; must not exist")
     recipe: str = option(
-        "how to ask: see lfu/distill.py; all but general also compare the last integers", "gsm8k", choices=list(RECIPES)
+        "how to ask: see lfu/baselines/sdft.py; all but general also compare the last integers",
+        "gsm8k",
+        choices=list(RECIPES),
     )
     temperature: float = option("what the logits are divided by", 0.95)
     top_p: float = option("draw from the likeliest tokens that hold this probability", 0.7)

@@ -1,4 +1,4 @@
-"""`lfu eval`: scores of generated answers, of reference answers, and by likelihood. Read next: `verbs/generate.py`."""
+"""`lfu eval`: scores of generated answers, of reference answers, and by likelihood. Read next: `generate.py`."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence

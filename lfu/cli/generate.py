@@ -1,4 +1,4 @@
-"""`lfu generate`: one question, one answer. Read next: `verbs/merge.py`."""
+"""`lfu generate`: one question, one answer. Read next: `merge.py`."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """The `lfu` command: train, eval, generate, merge, distill, bench.
 
-Each verb is a function of one options object (`lfu/verbs/`), so `lfu train --model M --data D --out O` and
+Each command is a function of one options object, in a file of its own, so `lfu train --model M --data D --out O` and
 `train(TrainOptions(model=M, data=D, out=O))` are the same thing. The command line is made from the options objects.
 This is the last chapter.
 """

@@ -1,4 +1,4 @@
-"""`lfu merge`: an adapter added to the weights of its model. Read next: `verbs/distill.py`."""
+"""`lfu merge`: an adapter added to the weights of its model. Read next: `distill.py`."""
 
 from dataclasses import dataclass
 from pathlib import Path

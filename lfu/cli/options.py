@@ -1,7 +1,7 @@
 """What the verbs share: options that are also command-line options, and a model that can be asked.
 
 An options object is a frozen dataclass; each field says, through `option`, how it is typed and explained on the command
-line (`lfu/cli.py`). Read next: `verbs/train.py`.
+line (`main.py`). Read next: `train.py`.
 """
 
 import argparse
@@ -92,7 +92,7 @@ class ModelOptions:
 @dataclass(frozen=True, kw_only=True)
 class RowsOptions:
     data: str = option("JSONL file of questions and reference answers")
-    layout: str = option("what the rows of the data look like: see lfu/layouts.py", "columns", choices=list(LAYOUTS))
+    layout: str = option("what the rows of the data look like: see lfu/data/rows.py", "columns", choices=list(LAYOUTS))
     question: str = option("name of the question column", "question")
     answer: str = option("name of the answer column", "answer")
     limit: int | None = option("use only the first rows of the file", None)

@@ -2,7 +2,7 @@
 
 Everything is checked before work starts (options, data, tokenizer, then weights), and nothing computed is lost: a run's
 folder holds its resolved settings, a log line per step, and checkpoints from which `--resume` continues exactly. Read
-next: `verbs/evaluate.py`.
+next: `evaluate.py`.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Data: JSONL rows -> templates -> tokens and labels -> batches.
+"""Templates and tokens: a row becomes a prompt, an answer, and the labels of both.
 
 A prompt and its answer are tokenised apart and joined, so the boundary between what is given and what is learned is
 exact, and generation later starts from the very same prompt tokens. An example is
@@ -8,7 +8,7 @@ exact, and generation later starts from the very same prompt tokens. An example 
 With `loss_on="instruction+answer"` the question inside the prompt carries loss too, and the template around it does not
 (Instruction Modelling). BOS stands where the tokenizer's own post-processor puts it (Llama, Mistral; not Qwen3), once.
 EOS ends the answer and nothing follows it; the published template also trained on two newlines after EOS. A tokenizer
-that puts a space before every text (Llama 2's) puts one before prompt and answer alike. Read next: `layouts.py`.
+that puts a space before every text (Llama 2's) puts one before prompt and answer alike. Read next: `batches.py`.
 """
 
 import re

@@ -3,7 +3,7 @@
 `gsm8k` scoring follows `lm_eval/tasks/gsm8k/gsm8k.yaml`, version 3: *strict* wants "#### n", *flexible* takes the last
 number; both compare strings, so "72.00" is not "72". Its prompt, zero- or few-shot, is `harness_prompt`; by default a
 model is asked in the template it was trained on. `f1` compares words (SQuAD, CoQA), `refusal` looks for the phrases of
-a refusal. The likelihood of answers is at the end; what is scored by it, in the next file. Read next: `likelihood.py`.
+a refusal. Read next: `loglikelihood.py`.
 """
 
 import re

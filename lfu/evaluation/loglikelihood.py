@@ -11,7 +11,7 @@ Log-probabilities are taken and added up in the stream dtype, float32 or more. T
 the weights: to compare models in bfloat16, give it softmax_dtype=float32.
 
 A row of JSONL becomes an `Item`, the item one or more `Example`s, these a `Likelihood` each, and all of an item's a
-record; what is printed is made from the records. Read next: `checkpoint.py`.
+record; what is printed is made from the records. Read next: `lfu/io/files.py`.
 """
 
 import math
