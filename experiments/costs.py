@@ -79,7 +79,7 @@ def remat(here: Model, parsed: argparse.Namespace) -> None:
     for rows, length, answer in ((1, 200, 120), (4, 200, 120), (2, 400, 240)):
         for row, (name, again) in kinds.items():
             method, work = one_step(here, name, rows, length, answer, remat=again)
-            expected = expected_peak(partial(methods.probe, method, *here), rows * length, answer / length)
+            expected = expected_peak(partial(method.probe, *here), rows * length, answer / length)
             print(f"{row}, {rows} x {length}: expected over counted {expected / peak(work):.3f}", flush=True)
 
 

@@ -33,7 +33,7 @@ from lfu.model import Config, Params, Steering, embed, forward, trunk, unembed
 from lfu.train import Settings, ascend, differentiate, sft_gradient
 
 SCALE, RANK, ROWS, MICRO_BATCH = fidelity.SCALE, fidelity.RANK, 16, 4
-PUBLISHED = {name: methods.PUBLISHED[f"lfu-{name}"] for name in ("lora", "reps")}
+PUBLISHED = {name: methods.METHODS[f"lfu-{name}"].published for name in ("lora", "reps")}
 DRAWS = 2000
 """How many pairs of batches the statement about their lengths rests on."""
 
@@ -278,7 +278,7 @@ def by_method(case: Case, name: str, base: Params | None = None) -> Found:
 
     # The gradient is linear in λ, and a large λ keeps the digits of the consistency term.
     sft, total = gradient(0.0), gradient(fidelity.LAMBDA)
-    return eq_6(sft, (total - sft) / fidelity.LAMBDA, methods.PUBLISHED[name]["lam"])
+    return eq_6(sft, (total - sft) / fidelity.LAMBDA, methods.METHODS[name].published["lam"])
 
 
 def low(case: Case, name: str) -> Found:

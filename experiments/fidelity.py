@@ -134,7 +134,7 @@ def gradients(config: Config, base: Params, task: lora.Lora, batch: Batch) -> Gr
         with ascending_into(ascents):
             generator = torch.Generator(base.embed.device).manual_seed(1)
             how = {"scale": SCALE, "alpha": alpha, "lam": LAMBDA}
-            total = flat(methods.METHODS[name](config, base, task, batch, generator, **how)[0])
+            total = flat(methods.METHODS[name].gradient(config, base, task, batch, generator, **how)[0])
         consistency = (total - sft) / LAMBDA
         found[f"ascent, {title.split(',')[0]}"] = ascents[0]
         found |= {f"consistency, {title}": consistency, f"LfU, {title}": sft + lam * consistency}

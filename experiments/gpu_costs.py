@@ -159,7 +159,7 @@ def step_costs(
         flops, median = bench.step_flops(here.config, passes, rows, length, answers, RANK), statistics.median(taken)
         expected = "-"
         if title in bound:
-            step = partial(methods.probe, bound[title], here.config, here.base, task)
+            step = partial(bound[title].probe, here.config, here.base, task)
             expected = f"{expected_peak(step, rows * length, answers / (rows * length)) / 2**30:.3g}"
         lines.append([
             title, f"{1e3 * median:.1f}", spread(taken, times["sft"]) if "sft" in times else "-",

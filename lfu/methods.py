@@ -1,9 +1,9 @@
 """The methods by name: what the loop calls for each micro-batch.
 
 Every method has the signature (config, base, task, batch, generator) -> (gradient, metrics); its hyper-parameters are
-keyword arguments, bound with `functools.partial`. A new method is a new function here, its name in METHODS, and in
-PUBLISHED those of alpha, lam, beta, layers and norm that it takes. All are given `scale`; all but the released ones
-also `remat` and, where they are to be compiled, `differentiate`. A hyper-parameter of another name also needs an
+keyword arguments. A new method is a function and a line of METHODS, which says which of alpha, lam, beta, layers and
+norm it takes. All are given `scale`; all but the released ones also `remat` and, where they are to be compiled,
+`differentiate`. A hyper-parameter of another name also needs an
 argument of `bind` and an option of `lfu train`. Read next: `data/rows.py`; `baselines/`, an aside, is what LfU is
 compared with.
 """
@@ -11,7 +11,7 @@ compared with.
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from lfu.lora import Lora
 from lfu.loss import require_norm, resolve_layers
 from lfu.model import Config, Params
 from lfu.train import (
-    Method,
     Metrics,
     Settings,
     compiled,
@@ -64,48 +63,73 @@ def logit_consistency(
     return lfu_gradient(config, base, task, init_like(config, base, task, generator), batch, compare=compare, **how)
 
 
-METHODS = {
-    "sft": sft,
-    "lfu-lora": lfu_lora,
-    "lfu-reps": lfu_reps,
-    "released-lora": released_lora,
-    "released-reps": released_reps,
-    "neftune": neftune,
-    "gem-linear": partial(gem, weight="linear"),
-    "gem-logsigmoid": partial(gem, weight="logsigmoid"),
-    "sam": sam,
-    "l1": partial(feature_regulariser, order=1),
-    "l2": partial(feature_regulariser, order=2),
-    "logit-consistency": logit_consistency,
-    "anchored": anchored,
-}
+class Spec(NamedTuple):
+    """A method: its gradient, the hyper-parameters it takes, at their published values, and what else is its own."""
+
+    gradient: Callable[..., tuple[Lora, Metrics]]
+    published: dict[str, Any]
+    check: Callable[..., None] | None = None  # raises InputError for hyper-parameters that it cannot use
+    released: bool = False  # it draws second batches from the rows of the run; it has no remat and is not compiled
+    compiles_from: tuple[int, int] = (2, 8)  # the first torch that makes one graph of it
+
+
 ALL_BLOCKS: dict[str, Any] = {"layers": None, "norm": "mean"}
-RELEASED = ("released-lora", "released-reps")
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "sft": {},
-    "lfu-lora": {"alpha": 0.1, "lam": 5.0} | ALL_BLOCKS,  # for Llama-3.1-8B-Instruct: alpha 0.001, lam 500
-    "lfu-reps": {"alpha": 0.1, "lam": 0.1} | ALL_BLOCKS,
-    "released-lora": {"alpha": 0.1, "lam": 5.0},
-    "released-reps": {"alpha": 0.1, "lam": 0.1},
-    "neftune": {"alpha": 5.0},
-    "gem-linear": {"beta": 0.7},
-    "gem-logsigmoid": {"beta": 0.7},
-    "sam": {"alpha": 0.01},
-    "l1": {"lam": 0.01, "norm": "mean"},
-    "l2": {"lam": 0.01, "norm": "mean"},
-    "logit-consistency": {"alpha": 0.1, "lam": 1.0},
-    "anchored": {"beta": 0.5, "lam": 1.0},  # ours: none are published
-}
-"""The hyper-parameters that each method takes, at the values of the paper's appendix A and Tables 6 and 13, and of the
-scripts of NEFTune and GEM."""
-REQUIRED: dict[str, Callable[..., None]] = {
-    "gem-linear": require_temperature,
-    "gem-logsigmoid": require_temperature,
-    "l1": require_absolute,
-    "l2": require_absolute,
-    "anchored": require_share,
-}
-"""What some methods ask of their hyper-parameters, beyond what `bind` asks of all."""
+CHOOSES_INSIDE = (2, 13)  # the first torch that compiles a gradient which chooses positions within the graph
+METHODS = {
+    "sft": Spec(sft, {}),
+    "lfu-lora": Spec(lfu_lora, {"alpha": 0.1, "lam": 5.0} | ALL_BLOCKS),  # Llama-3.1-8B-Instruct: alpha 0.001, lam 500
+    "lfu-reps": Spec(lfu_reps, {"alpha": 0.1, "lam": 0.1} | ALL_BLOCKS),
+    "released-lora": Spec(released_lora, {"alpha": 0.1, "lam": 5.0}, released=True),
+    "released-reps": Spec(released_reps, {"alpha": 0.1, "lam": 0.1}, released=True),
+    "neftune": Spec(neftune, {"alpha": 5.0}),
+    "gem-linear": Spec(partial(gem, weight="linear"), {"beta": 0.7}, require_temperature),
+    "gem-logsigmoid": Spec(partial(gem, weight="logsigmoid"), {"beta": 0.7}, require_temperature),
+    "sam": Spec(sam, {"alpha": 0.01}),
+    "l1": Spec(
+        partial(feature_regulariser, order=1), {"lam": 0.01, "norm": "mean"}, require_absolute,
+        compiles_from=CHOOSES_INSIDE,
+    ),
+    "l2": Spec(
+        partial(feature_regulariser, order=2), {"lam": 0.01, "norm": "mean"}, require_absolute,
+        compiles_from=CHOOSES_INSIDE,
+    ),
+    "logit-consistency": Spec(logit_consistency, {"alpha": 0.1, "lam": 1.0}, compiles_from=CHOOSES_INSIDE),
+    "anchored": Spec(anchored, {"beta": 0.5, "lam": 1.0}, require_share),  # ours: none are published
+}  # fmt: skip
+"""Published values are those of the paper's appendix A and Tables 6 and 13, and of the scripts of NEFTune and GEM."""
+
+
+class BoundMethod(NamedTuple):
+    """A method with all that it needs: what the loop calls for each micro-batch."""
+
+    gradient: Callable[..., tuple[Lora, Metrics]]
+    hyper: dict[str, Any]  # scale and the hyper-parameters
+    run: dict[str, Any]  # how and in which run they are used
+
+    def __call__(
+        self, config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator
+    ) -> tuple[Lora, Metrics]:
+        return self.gradient(config, base, task, batch, generator, **self.hyper, **self.run)
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether what it computes depends on the micro-batches before."""
+        return "state" in self.run
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What it carries from one micro-batch to the next, for the checkpoint: nothing, but for released-reps.
+
+        It is filled and updated in place; whoever continues a run puts the saved tensors back into it.
+        """
+        return self.run.get("state", {})
+
+    def probe(self, config: Config, base: Params, task: Lora, row: Example) -> tuple[Lora, Metrics]:
+        """Its gradient on one row, not compiled, leaving no trace in what it carries along."""
+        apart = {"examples": [row], "state": {}, "differentiate": differentiate}
+        run = {name: apart.get(name, value) for name, value in self.run.items()}
+        device = base.embed.device
+        return self._replace(run=run)(config, base, task, collate([row], device), torch.Generator(device))
 
 
 def bind(
@@ -122,7 +146,7 @@ def bind(
     settings: Settings | None = None,
     remat: bool = False,
     compile: bool = False,
-) -> tuple[Method, dict[str, Any]]:
+) -> tuple[BoundMethod, dict[str, Any]]:
     """The method of this name with its hyper-parameters bound, and what they were resolved to.
 
     What is None takes the published value. The released variants need to know the run: its `examples`, from which they
@@ -131,39 +155,35 @@ def bind(
     """
     if name not in METHODS:
         raise InputError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
+    spec = METHODS[name]
     given = {"alpha": alpha, "lam": lam, "beta": beta, "layers": layers, "norm": norm}
     chosen = {key: value for key, value in given.items() if value is not None}
-    if surplus := [option_name(key) for key in chosen if key not in PUBLISHED[name]]:
+    if surplus := [option_name(key) for key in chosen if key not in spec.published]:
         raise InputError(f"The method {name} has no {' or '.join(surplus)}; choose another method, or leave it out.")
     if compile:
         require_compiler(name)
     if remat and compile:
         raise InputError("remat and compile exclude each other: the compiler decides by itself what it keeps.")
-    released = name in RELEASED
-    if (remat or compile) and released:
+    if (remat or compile) and spec.released:
         raise InputError(f"The method {name} has no remat and cannot be compiled.")
-    resolved = PUBLISHED[name] | chosen
+    resolved = spec.published | chosen
     require_not_negative(**{key: resolved[key] for key in ("alpha", "lam", "beta") if key in resolved})
     if "norm" in resolved:
         require_norm(resolved["norm"])
-    if name in REQUIRED:
-        REQUIRED[name](**resolved)
+    if spec.check:
+        spec.check(**resolved)
     if "layers" in resolved:
         resolved["layers"] = resolve_layers(resolved["layers"], config.num_hidden_layers)
-    if released:
+    if spec.released:
         run = run_context(name, examples, settings or Settings())
     else:
         run = {"remat": remat} | ({"differentiate": compiled()} if compile else {})
-    return partial(METHODS[name], scale=scale, **resolved, **run), resolved
-
-
-COMPILES_FROM = {"l1": (2, 13), "l2": (2, 13), "logit-consistency": (2, 13)}
-"""The torch that first makes one graph of these gradients, which choose positions inside; the others from 2.8 on."""
+    return BoundMethod(spec.gradient, {"scale": scale, **resolved}, run), resolved
 
 
 def require_compiler(name: str) -> None:
     """InputError where this torch cannot compile the gradient of a method."""
-    least = COMPILES_FROM.get(name, (2, 8))
+    least = METHODS[name].compiles_from
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < least:
         raise InputError(
             f"To compile {name}, torch {least[0]}.{least[1]} or newer is needed, and this is {torch.__version__}: "
@@ -179,24 +199,3 @@ def run_context(name: str, examples: Sequence[Example], settings: Settings) -> d
     micro_batches = math.ceil(settings.batch_size / settings.micro_batch_size)
     run = {"learning_rate": settings.learning_rate, "micro_batches": micro_batches}
     return {"examples": examples, **run, "state": {}}
-
-
-def probe(method: Method, config: Config, base: Params, task: Lora, row: Example) -> tuple[Lora, Metrics]:
-    """One gradient of a bound method on one row, not compiled, leaving no trace in what the method carries along."""
-    apart = {"examples": [row], "state": {}, "differentiate": differentiate}
-    again = partial(method, **{name: value for name, value in apart.items() if name in method.keywords})
-    device = base.embed.device
-    return again(config, base, task, collate([row], device), torch.Generator(device))
-
-
-def is_stateful(method: Method) -> bool:
-    """Whether what a bound method computes depends on the micro-batches before."""
-    return "state" in method.keywords
-
-
-def state_of(method: Method) -> dict[str, Tensor]:
-    """What a bound method carries from one micro-batch to the next, for the checkpoint: nothing, but for released-reps.
-
-    It is filled and updated in place; whoever continues a run puts the saved tensors back into it.
-    """
-    return method.keywords.get("state", {})

@@ -26,7 +26,7 @@ from lfu.baselines.regularisers import feature_penalty, gem_loss, lengths, logit
 from lfu.data.batches import IGNORED, Batch, Example, collate
 from lfu.lora import LowRank, merge
 from lfu.loss import answer_mask
-from lfu.methods import METHODS, PUBLISHED, bind
+from lfu.methods import METHODS, Spec, bind
 from lfu.model import forward
 from lfu.train import lfu_gradient, sft_gradient
 
@@ -115,8 +115,7 @@ def test_a_method_of_ones_own_is_two_entries(monkeypatch: pytest.MonkeyPatch) ->
         gradient, metrics = sft_gradient(config, base, task, batch, **how)
         return [{name: LowRank(beta * A, beta * B) for name, (A, B) in layer.items()} for layer in gradient], metrics
 
-    monkeypatch.setitem(METHODS, "halved", halved)
-    monkeypatch.setitem(PUBLISHED, "halved", {"beta": 0.5})
+    monkeypatch.setitem(METHODS, "halved", Spec(halved, {"beta": 0.5}))
     assert torch.equal(gradient("halved", case()), 0.5 * part("sft", case(), "lora"))
     assert torch.equal(gradient("halved", case(), beta=2.0), 2.0 * part("sft", case(), "lora"))
 

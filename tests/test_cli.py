@@ -738,14 +738,14 @@ def test_remat_trains_the_same_adapter(data: Path, tmp_path: Path) -> None:
 def test_the_expected_peak_is_the_peak(
     method: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    peaks, gradient = [], methods.METHODS[method]
+    peaks, gradient = [], methods.METHODS[method].gradient
 
     def measured(*arguments: Any, **bound: Any) -> Any:
         results = []
         peaks.append(peak(lambda: results.append(gradient(*arguments, **bound))))
         return results[0]
 
-    monkeypatch.setitem(methods.METHODS, method, measured)
+    monkeypatch.setitem(methods.METHODS, method, methods.METHODS[method]._replace(gradient=measured))
     assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method=method, epochs=1) == 0
     told = re.search(r"A micro-batch of 4 x \d+ tokens is expected to take (\d+) MiB", capsys.readouterr().out)
     assert told
@@ -811,7 +811,7 @@ def test_what_is_not_finite_ends_the_run_at_its_last_good_step(
             gradient[0]["q_proj"].B.mul_(math.inf if where == "gradient" else 1.0)
         return gradient, metrics
 
-    monkeypatch.setitem(methods.METHODS, "sft", poisoned)
+    monkeypatch.setitem(methods.METHODS, "sft", methods.Spec(poisoned, {}))
     out = tmp_path / "run"
     assert lfu("train", out=out, **options) == 2
     sentence = refusal(capsys)

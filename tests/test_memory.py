@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from lfu.data.batches import Example, collate
 from lfu.lora import Lora
-from lfu.methods import METHODS, bind, probe, state_of
+from lfu.methods import METHODS, bind
 from lfu.model import Config, Params, stream_dtype
 from lfu.profiling.memory import expected_peak, peak
 from lfu.train import Method, lfu_gradient, sft_gradient
@@ -109,7 +109,7 @@ def expected_peak_error(name: str, rank: int, remat: bool, shape: tuple[int, int
     config = CONFIGS["llama31"]._replace(hidden_size=256, intermediate_size=512, num_hidden_layers=3)
     given = config, random_params(config, seed=1), random_lora(config, rank, seed=2)
     chosen = bind(name, config, scale=2.0, remat=remat)[0]
-    expected = expected_peak(partial(probe, chosen, *given), shape[0] * shape[1], 0.6)
+    expected = expected_peak(partial(chosen.probe, *given), shape[0] * shape[1], 0.6)
     batch = collate(rows(*shape))
     return relative(expected, peak(lambda: chosen(*given, batch, torch.Generator().manual_seed(0))))
 
@@ -124,5 +124,5 @@ def test_the_expected_peak_is_the_peak(name: str, remat: bool, rank: int, shape:
 
 def test_trying_a_method_leaves_its_state_alone() -> None:
     chosen = method("released-reps")
-    probe(chosen, *problem(), rows(1, 16)[0])
-    assert state_of(chosen) == {}
+    chosen.probe(*problem(), rows(1, 16)[0])
+    assert chosen.state == {}

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from lfu.data.batches import Batch, Example, collate
 from lfu.lora import to_peft_tensors
-from lfu.methods import bind, state_of
+from lfu.methods import bind
 from lfu.model import Params, named_tensors
 from lfu.train import Settings
 
@@ -186,7 +186,7 @@ HOW = {"alpha": 0.1, "lam": 0.5}
 def ours(name: str, seed: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     method, _ = bind(name, CONFIG, scale=SCALE, examples=rows(), settings=SETTINGS, **HOW)
     gradient, metrics = method(CONFIG, base(), TASK, collate(rows()[:4]), generator(seed))
-    return flat(gradient), metrics, state_of(method)
+    return flat(gradient), metrics, method.state
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -260,6 +260,6 @@ def test_the_vectors_take_adams_step_up_every_fourth_call_from_that_calls_gradie
                 vector.grad = -g
             optimizer.step()
         # Measured: 1e-7. Adam's first steps are nearly the signs of the gradient.
-        found = state_of(method)["vectors"]
+        found = method.state["vectors"]
         assert distance(found, torch.stack(expected).detach()) < 1e-6
         assert torch.equal(found, start) == (call < 3)

@@ -90,7 +90,7 @@ def assert_same(run: Path, reference: Path) -> None:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, method: str, call: int, number: int = signal.SIGINT) -> None:
     """Send this process a signal while the method computes its `call`-th micro-batch."""
-    calls, compute = [], methods.METHODS[method]
+    calls, compute = [], methods.METHODS[method].gradient
 
     def computing(*arguments: Any, **bound: Any) -> Any:
         batch = arguments[3]
@@ -100,7 +100,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, method: str, call: int, number: i
                 signal.raise_signal(number)
         return compute(*arguments, **bound)
 
-    monkeypatch.setitem(methods.METHODS, method, computing)
+    monkeypatch.setitem(methods.METHODS, method, methods.METHODS[method]._replace(gradient=computing))
 
 
 # --- continued ------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_a_step_that_cannot_be_made_costs_no_other(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Out of memory in the second micro-batch of step 4. What released-reps carries along has moved on by then."""
-    out, calls, compute = tmp_path / "run", [], methods.METHODS[method]
+    out, calls, compute = tmp_path / "run", [], methods.METHODS[method].gradient
 
     def full(*arguments: Any, **bound: Any) -> Any:
         calls.append(len(arguments[3].tokens) > 1)  # a row alone is how a run predicts its memory
@@ -154,7 +154,7 @@ def test_a_step_that_cannot_be_made_costs_no_other(
         return compute(*arguments, **bound)
 
     with monkeypatch.context() as patch:
-        patch.setitem(methods.METHODS, method, full)
+        patch.setitem(methods.METHODS, method, methods.METHODS[method]._replace(gradient=full))
         assert train(out, data, method=method, save_every=100) == 2
     assert "Step 4: out of memory in a batch of 2 x" in capsys.readouterr().err
     saved = [path.name for path in checkpoints(out)]

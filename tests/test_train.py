@@ -6,7 +6,7 @@ The model is tiny and, where the loop alone is meant, the method is a stand-in w
 import copy
 import inspect
 import math
-from functools import cache, partial
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -22,7 +22,7 @@ from lfu import lora
 from lfu import train as train_module
 from lfu.data.batches import Batch, Example, collate, shuffled
 from lfu.lora import Lora
-from lfu.methods import METHODS, PUBLISHED, bind, state_of
+from lfu.methods import METHODS, bind
 from lfu.model import Config, Params
 from lfu.train import (
     Method,
@@ -100,11 +100,11 @@ def test_the_defaults_are_the_published_settings() -> None:
     )
     group = adamw(new_task(), Settings()).param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.0)
-    assert PUBLISHED["sft"] == {}
+    assert METHODS["sft"].published == {}
     every_block = {"layers": None, "norm": "mean"}
     for aux, lam in (("lora", 5.0), ("reps", 0.1)):
-        assert PUBLISHED[f"released-{aux}"] == {"alpha": 0.1, "lam": lam}
-        assert PUBLISHED[f"lfu-{aux}"] == PUBLISHED[f"released-{aux}"] | every_block
+        assert METHODS[f"released-{aux}"].published == {"alpha": 0.1, "lam": lam}
+        assert METHODS[f"lfu-{aux}"].published == METHODS[f"released-{aux}"].published | every_block
 
 
 def test_the_schedule_of_the_published_gsm8k_run() -> None:
@@ -378,7 +378,7 @@ def test_a_continued_run_is_the_run_that_was_never_interrupted(name: str) -> Non
             adamw(task, settings),
             bind(name, CONFIG, scale=2.0, examples=examples, settings=settings)[0],
         )
-        state_of(method).update(carried)
+        method.state.update(carried)
         run = train(CONFIG, base(torch.float32), task, optimizer, examples, method, settings, first)
         return optimizer, run, method
 
@@ -392,7 +392,7 @@ def test_a_continued_run_is_the_run_that_was_never_interrupted(name: str) -> Non
     saved_task, saved_state = tree_map(Tensor.clone, half), copy.deepcopy(optimizer.state_dict())
     assert not torch.equal(flat(half), flat(whole))
 
-    optimizer, run, _ = start(saved_task, first=5, **state_of(method))
+    optimizer, run, _ = start(saved_task, first=5, **method.state)
     optimizer.load_state_dict(saved_state)
     assert first_half + list(run) == log
     assert torch.equal(flat(saved_task), flat(whole))
@@ -416,7 +416,7 @@ REPORTED = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_all_methods_have_one_signature(name: str) -> None:
-    parameters = inspect.signature(METHODS[name]).parameters.values()
+    parameters = inspect.signature(METHODS[name].gradient).parameters.values()
     positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     assert positional == ["config", "base", "task", "batch", "generator"]
     method, task = bind(name, CONFIG, scale=2.0, examples=rows(5))[0], new_task()
@@ -471,8 +471,8 @@ def test_the_auxiliary_vectors_are_zero_one_for_each_block(handed_over: list[Any
 def test_bind_says_what_the_settings_were_resolved_to() -> None:
     method, resolved = bind("lfu-lora", CONFIG, scale=2.0, lam=500.0, alpha=None)
     assert resolved == {"alpha": 0.1, "lam": 500.0, "norm": "mean", "layers": [1, 2]}
-    assert isinstance(method, partial)
-    assert method.keywords == {"scale": 2.0, "remat": False, **resolved}
+    assert method.hyper == {"scale": 2.0, **resolved}
+    assert method.run == {"remat": False}
     assert bind("sft", CONFIG, scale=2.0, alpha=None)[1] == {}
 
 

@@ -22,7 +22,7 @@ from lfu.cli.merge import MergeOptions, merge
 from lfu.cli.train import TrainOptions, train
 from lfu.errors import InputError, is_out_of_memory, option_name
 from lfu.evaluation import loglikelihood as likelihoods
-from lfu.methods import RELEASED
+from lfu.methods import METHODS
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
     "train": (TrainOptions, train, "fine-tune an adapter"),
@@ -77,7 +77,7 @@ def memory_advice(options: Any) -> str:
     lower = "--dtype bfloat16" if dtype else "--dtype bfloat16 (unless the weights are in it)"
     ways = [] if dtype in ("bfloat16", "float16") else [lower]
     if isinstance(options, TrainOptions):
-        free = not (options.remat or options.compile or options.method in RELEASED)
+        free = not (options.remat or options.compile or METHODS[options.method].released)
         anew = [*ways, "a lower --max-length", "a lower --micro-batch-size (for LfU a setting of the method)"]
         ways = ["--remat (also with --resume)"] * free + [f"in a new run: {anew[0]}", *anew[1:]]
     elif isinstance(options, EvalOptions):

@@ -50,7 +50,7 @@ from lfu.runs import (
 
 def published(name: str) -> str:
     """The default of a hyper-parameter, method by method."""
-    defaults = {method: taken[name] for method, taken in methods.PUBLISHED.items() if name in taken}
+    defaults = {method: spec.published[name] for method, spec in methods.METHODS.items() if name in spec.published}
     return ", ".join(f"{value:g} of {method}" for method, value in defaults.items())
 
 
@@ -111,7 +111,7 @@ def train(options: TrainOptions) -> Path:
 def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     """One run on one device, alone or as one of several processes."""
     plan, out, (number, processes) = plan_run(options, device), Path(options.out), rank_and_world_size()
-    if processes > 1 and methods.is_stateful(plan.method):
+    if processes > 1 and plan.method.is_stateful:
         raise InputError(f"The method {options.method} goes through the micro-batches in turn: train in one process.")
     if number == 0:
         check_output_folder(out, plan.settings, options.resume)
@@ -123,7 +123,7 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
         write_json(out / "settings.json", plan.settings)
     optimizer = training.adamw(task, plan.schedule)
     save_every = options.save_every or training.steps_per_epoch(len(plan.examples), plan.schedule)
-    run = Run(out, plan.settings, save_every, options.keep, methods.state_of(plan.method), average)
+    run = Run(out, plan.settings, save_every, options.keep, plan.method.state, average)
     start_step = restore(run, config, task, optimizer)
     if processes > 1:
         require_same_start(start_step, plan.settings)
@@ -154,7 +154,7 @@ class Plan(NamedTuple):
     config: model.Config
     schedule: training.Settings
     examples: list[Example]
-    method: training.Method
+    method: methods.BoundMethod
     start: lora.Lora
     dtype: torch.dtype
     settings: dict[str, Any]
@@ -251,7 +251,7 @@ def print_forecast(plan: Plan, base: model.Params, task: lora.Lora) -> None:
         print("The only step of this run is its warm-up, with learning rate 0: nothing is learned. See --warmup.")
     print_memory(base, task)
     rows = min(plan.schedule.micro_batch_size, plan.schedule.batch_size)
-    print_peak(partial(methods.probe, plan.method, plan.config, base, task), plan.examples, rows)
+    print_peak(partial(plan.method.probe, plan.config, base, task), plan.examples, rows)
     if plan.settings["compile"]:
         print("That is the peak without torch.compile.")
 
