@@ -27,6 +27,7 @@ mutants: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo

@@ -6,3 +6,17 @@ has the methods by name. Each other job has a room of its own: `data/`, `generat
 """
 
 __version__ = "0.1.0"
+
+from lfu.data import Batch, Example, Format, Row, collate, encode_rows, load_tokenizer, read_rows
+from lfu.errors import InputError
+from lfu.lora import init, merge, save, stack
+from lfu.loss import consistency_loss, sft_loss
+from lfu.methods import METHODS, bind
+from lfu.model import Config, LowRank, Params, Steering, forward, load
+from lfu.train import Settings, adamw, ascend, lfu_gradient, lfu_lora, lfu_reps, sft_gradient
+
+__all__ = [
+    "METHODS", "Batch", "Config", "Example", "Format", "InputError", "LowRank", "Params", "Row", "Settings", "Steering",
+    "adamw", "ascend", "bind", "collate", "consistency_loss", "encode_rows", "forward", "init", "lfu_gradient",
+    "lfu_lora", "lfu_reps", "load", "load_tokenizer", "merge", "read_rows", "save", "sft_gradient", "sft_loss", "stack",
+]  # fmt: skip

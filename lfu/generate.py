@@ -101,7 +101,8 @@ def decode_batch(
     """The new tokens of each prompt, the EOS included where there is one."""
     cache = empty_cache(config, params, len(prompts), max(map(len, prompts.values())) + max_new_tokens)
     logits, cache = prefill(config, params, list(prompts.values()), cache, adapters)
-    rows, outputs = list(prompts), {row: [] for row in prompts}
+    rows = list(prompts)
+    outputs: dict[int, list[int]] = {row: [] for row in prompts}
     done = dict.fromkeys(prompts, False)
     for step, left in enumerate(reversed(range(max_new_tokens))):
         chosen = choose(logits, rows, step)  # [rows]
@@ -165,9 +166,9 @@ def complete(tokenizer: ModelTokenizer, tokens: list[int], stop: Sequence[str]) 
 def empty_cache(config: Config, params: Params, batch: int, capacity: int) -> Cache:
     """Room for `capacity` tokens in each of `batch` rows."""
     shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-    like = {"dtype": stream_dtype(params), "device": params.embed.device}
-    keys, values = ([torch.zeros(shape, **like) for _ in params.layers] for _ in range(2))
-    return Cache(keys, values, torch.zeros(batch, dtype=torch.int64, device=params.embed.device))
+    dtype, device = stream_dtype(params), params.embed.device
+    keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in params.layers] for _ in range(2))
+    return Cache(keys, values, torch.zeros(batch, dtype=torch.int64, device=device))
 
 
 def decode(

@@ -10,6 +10,7 @@ Files have PEFT's layout and load in `peft` unchanged. Read next: `steering.py`.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ def load(
     refuse_unsupported(folder, options)
     rank, targets = options["r"], read_targets(folder, options)
     shapes = layer_shapes(config)
-    expected = {
+    expected: dict[str, tuple[int, ...]] = {
         peft_name(index, name, part): (rank, shapes[name][1]) if part == "A" else (shapes[name][0], rank)
         for index in range(config.num_hidden_layers)
         for name in targets
@@ -184,7 +185,7 @@ ACCEPTED_OPTIONS = {
 }
 
 
-def refuse_unsupported(folder: Path, options: dict) -> None:
+def refuse_unsupported(folder: Path, options: dict[str, Any]) -> None:
     """InputError unless this is a plain LoRA that PEFT would apply as s·B A everywhere."""
     path = folder / "adapter_config.json"
     if options.get("peft_type") != "LORA":
@@ -197,7 +198,7 @@ def refuse_unsupported(folder: Path, options: dict) -> None:
             raise InputError(f"{path}: {key} = {options[key]!r} is not supported; only plain LoRA is.")
 
 
-def read_targets(folder: Path, options: dict) -> tuple[str, ...]:
+def read_targets(folder: Path, options: dict[str, Any]) -> tuple[str, ...]:
     """The adapted layers, by the tensors' names: `target_modules` may be a pattern in PEFT. A list must agree."""
     names = tensor_files(folder, "adapter_model")
     held = tuple(name for name in TARGETS if any(f".{MODULES[name]}.lora_" in tensor for tensor in names))

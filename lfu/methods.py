@@ -10,6 +10,7 @@ compared with.
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -99,7 +100,8 @@ METHODS = {
 """Published values are those of the paper's appendix A and Tables 6 and 13, and of the scripts of NEFTune and GEM."""
 
 
-class BoundMethod(NamedTuple):
+@dataclass(frozen=True)
+class BoundMethod:
     """A method with all that it needs: what the loop calls for each micro-batch."""
 
     gradient: Callable[..., tuple[Lora, Metrics]]
@@ -129,7 +131,7 @@ class BoundMethod(NamedTuple):
         apart = {"examples": [row], "state": {}, "differentiate": differentiate}
         run = {name: apart.get(name, value) for name, value in self.run.items()}
         device = base.embed.device
-        return self._replace(run=run)(config, base, task, collate([row], device), torch.Generator(device))
+        return replace(self, run=run)(config, base, task, collate([row], device), torch.Generator(device))
 
 
 def bind(

@@ -180,7 +180,7 @@ def block(
     """One decoder block. Training, the perturbed pass and cached decoding differ only in `linear` and `attend`."""
     z = rms_norm(x, layer.input_layernorm, config.rms_norm_eps)
     q, k, v = (split_heads(linear(name, z), config.head_dim) for name in ("q_proj", "k_proj", "v_proj"))
-    if layer.q_norm is not None:
+    if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)
     heads = attend(rotate(q, rotary), rotate(k, rotary), v)  # [B,H,T,h]
     x = x + linear("o_proj", heads.transpose(1, 2).flatten(2))
@@ -378,11 +378,12 @@ def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Layer field -> shape. What `Layer` says in comments, the loader enforces from here."""
     D, F_ = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    norms = {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
-    attention = {"q_proj": (queries, D), "k_proj": (keys, D), "v_proj": (keys, D), "o_proj": (D, queries)}
-    mlp = {"gate_proj": (F_, D), "up_proj": (F_, D), "down_proj": (D, F_)}
-    head_norms = {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)} if config.model_type == "qwen3" else {}
-    return norms | attention | mlp | head_norms
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
+    shapes |= {"q_proj": (queries, D), "k_proj": (keys, D), "v_proj": (keys, D), "o_proj": (D, queries)}
+    shapes |= {"gate_proj": (F_, D), "up_proj": (F_, D), "down_proj": (D, F_)}
+    if config.model_type == "qwen3":
+        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    return shapes
 
 
 def check_tied(folder: Path, config: Config, tensors: dict[str, Tensor]) -> None:

@@ -37,7 +37,7 @@ class Rematerialised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        _, pullback = vjp(ctx.f, *ctx.saved_tensors)
+        _, pullback = vjp(ctx.f, *ctx.saved_tensors)  # type: ignore[misc]  # two values, without has_aux
         return None, *pullback(cotangent)
 
 
@@ -74,7 +74,7 @@ def single_block(
 
     def run(*leaves: Tensor) -> Tensor:
         x, loras, vectors = tree_unflatten(leaves, structure)
-        steered = Steering(vectors[0], steering.mask) if vectors else None
+        steered = None if steering is None else Steering(vectors[0], steering.mask)
         (h,) = trunk(
             config, one, x, list(zip(loras, scales)), steered, lambda _, name, x, W: product(index, name, x, W)
         )

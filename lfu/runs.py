@@ -119,7 +119,7 @@ def log_and_save(
             file.flush()
             bar.set_postfix_str(summary(metrics), refresh=False)
             bar.update()
-            done, stop = metrics["step"], bool(interrupted)  # read once: no end without its checkpoint
+            done, stop = int(metrics["step"]), bool(interrupted)  # read once: no end without its checkpoint
             if run.average is not None:
                 update_ema(run.average, task, run.settings["ema"])
             if done % run.save_every == 0 or done == last or stop:
@@ -145,7 +145,7 @@ def save_on_failure(
     """
     try:
         for metrics in steps:
-            done = metrics["step"]
+            done = int(metrics["step"])
             yield metrics
     except (MemoryError, ConnectionError):
         if done > 0 and not run.state and not checkpoint_folder(run, done).exists():

@@ -13,7 +13,7 @@ Read next: `methods.py`; `remat.py` is for when a step does not fit.
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from lfu.loss import answer_labels, answer_loss, answer_mask, consistency_loss
 from lfu.model import (
     Config,
     Params,
+    Record,
     Steering,
     base_product,
     embed,
@@ -43,6 +44,7 @@ from lfu.remat import relative_to_states, rematerialised
 
 Aux = Lora | Tensor
 """The auxiliary component: a Lora (LfU-LoRA) or steering vectors [K, D] (LfU-RepS)."""
+Tree = TypeVar("Tree", Lora, Tensor)
 Metrics = dict[str, Tensor]
 Method = Callable[[Config, Params, Lora, Batch, torch.Generator], tuple[Lora, Metrics]]
 """(config, base, task, batch, generator) -> (gradient, metrics), means over the batch's own labelled tokens."""
@@ -60,7 +62,7 @@ def differentiate(objective: Objective, *arguments: Any) -> tuple[tuple[Any, ...
     `torch.func.grad_and_value` would do, but it keeps the backward pass differentiable too, which nobody asks for here:
     the same numbers cost twice the memory.
     """
-    value, pullback, constants = vjp(objective, *arguments, has_aux=True)
+    value, pullback, constants = vjp(objective, *arguments, has_aux=True)  # type: ignore[misc]
     with torch.no_grad():
         return pullback(torch.ones_like(value), retain_graph=False), value, constants
 
@@ -132,19 +134,17 @@ def lfu_gradient(
         return [stack((task, scale), (aux, scale))], None
 
     def objective(task: Lora, aux: Aux) -> tuple[Tensor, Any]:  # Eq. 1, at θ and θ_aux at once
-        record = {}
+        record: Record = {}
         hidden = run_trunk(config, base, x, *with_aux(task, aux), base_product if remat else recording(record))
         logits = unembed(config, base, hidden[-1][positions])  # [n,V]
         return answer_loss(logits, answers), (hidden, record)
 
-    def consistency(
-        task: Lora,
-    ) -> tuple[Tensor, Any]:  # Eqs. 3-5; called below, once undesirable, exact_product, hidden exist
+    def consistency(task: Lora) -> tuple[Tensor, Any]:  # Eqs. 3-5; called below, once all that it uses is there
         perturbed = run_trunk(config, base, x, *with_aux(task, undesirable), exact_product)
         return compare(hidden, perturbed, mask, layers=layers, norm=norm), ()
 
     (g_task, g_aux), sft, (hidden, record) = differentiate(objective, task, aux)
-    undesirable = ascend(aux, g_aux, alpha)  # Eq. 2
+    undesirable: Aux = ascend(aux, g_aux, alpha)  # Eq. 2
     exact_product = relative_to_states(config, base, x, hidden, *with_aux(task, aux)) if remat else relative_to(record)
     (g_cons,), cons, _ = differentiate(consistency, task)
     gradient = tree_map(lambda g, c: g + lam * c, g_task, g_cons)  # Eq. 6
@@ -194,7 +194,7 @@ def compiled() -> Differentiate:
     return torch.compile(whole, dynamic=True, fullgraph=True)
 
 
-def ascend(aux: Aux, gradient: Aux, alpha: float) -> Aux:
+def ascend(aux: Tree, gradient: Tree, alpha: float) -> Tree:
     """Eq. 2: aux + α·g/‖g‖₂, one norm over the whole tree. Where ‖g‖₂ = 0 there is no direction: aux unchanged."""
     length = global_norm(gradient)
     step = torch.where(length > 0, alpha / length, 0.0)
@@ -293,7 +293,8 @@ def step_gradient(
     Where several processes train together, each computes some of the micro-batches, and all return the whole sum.
     """
     device, total = base.embed.device, sum(example.num_loss_tokens for example in examples)
-    gradient, metrics = tree_map(torch.zeros_like, task), {}
+    gradient: Lora = tree_map(torch.zeros_like, task)
+    metrics: dict[str, float] = {}
     number, processes = rank_and_world_size()
     for index, micro_batch in enumerate(split_by_length(examples, settings.micro_batch_size)):
         if index % processes != number:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 LFU = Path(__file__).parents[1] / "lfu"
 ROOMS = [
-    "__init__", "errors", "io", "distributed", "data", "model", "lora", "steering", "loss", "remat", "train",
-    "generate", "baselines", "methods", "evaluation", "profiling", "runs", "cli",
+    "errors", "io", "distributed", "data", "model", "lora", "steering", "loss", "remat", "train",
+    "generate", "baselines", "methods", "evaluation", "profiling", "runs", "cli", "__init__",
 ]  # fmt: skip
 """From the ground up. A room may import itself and those before it."""
 

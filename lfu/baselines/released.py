@@ -30,6 +30,7 @@ from lfu.model import (
     Config,
     Params,
     Product,
+    Record,
     base_product,
     embed,
     forward,
@@ -65,7 +66,7 @@ def released_lora(
     x = embed(base, batch.tokens)
 
     def objective(task: Lora) -> tuple[Tensor, Any]:
-        record = {}
+        record: Record = {}
         logits, hidden = forward(config, base, batch.tokens, [(task, scale)], product=recording(record))
         return sft_loss(logits, batch.labels), (states(config, base, x, hidden), record)
 

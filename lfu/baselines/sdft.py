@@ -140,8 +140,10 @@ def rewrite_answers(
         prompts = [distill_prompt(tokenizer, recipe, row) for row in batch]
         numbers = [row.number for row in batch]
         choose = make_sampler(seed, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
-        how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "choose": choose}
-        texts = {index: completion.text for index, completion in generate(config, params, tokenizer, prompts, **how)}
+        completions = generate(
+            config, params, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, choose=choose
+        )
+        texts = {index: completion.text for index, completion in completions}
         yield [choose_answer(texts[index], row.answer, recipe) for index, row in enumerate(batch)]
 
 

@@ -1,7 +1,7 @@
 """`lfu eval`: scores of generated answers, of reference answers, and by likelihood. Read next: `generate.py`."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -170,9 +170,10 @@ def build_prompts(options: EvalOptions, setup: PromptSetup, rows: list[Row]) -> 
 
 def score_answers(
     options: EvalOptions, rows: list[Row], answers: Iterator[tuple[int, generating.Completion]]
-) -> list[dict[str, float]]:
+) -> list[Mapping[str, float]]:
     """The scores of every row; each prediction is written as soon as its batch is done."""
-    score, hits = evaluating.SCORES[options.score], [{} for _ in rows]
+    score = evaluating.SCORES[options.score]
+    hits: list[Mapping[str, float]] = [{} for _ in rows]
     with predictions(options) as write:
         for index, completion in tqdm(answers, total=len(rows), unit="row"):
             row = rows[index]

@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def add_option(verb: argparse.ArgumentParser, each: Field) -> None:
+def add_option(verb: argparse.ArgumentParser, each: Field[Any]) -> None:
     how = dict(each.metadata)
     flag, text = f"--{option_name(each.name)}", how.pop("help")
     if "bool" in str(each.type):

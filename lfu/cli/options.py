@@ -136,8 +136,10 @@ def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
     folder = resolve_model(options.model)
     config = model.read_config(folder / "config.json")
     stored = adapter_format(Path(options.adapter), folder) if options.adapter else Format()
-    asked = {"template": options.template, "bos": options.bos}
-    form = stored._replace(**{name: value for name, value in asked.items() if value is not None})
+    form = stored._replace(
+        template=stored.template if options.template is None else options.template,
+        bos=stored.bos if options.bos is None else options.bos,
+    )
     return PromptSetup(folder, config, load_tokenizer(folder, config.vocab_size), form)
 
 

@@ -216,7 +216,7 @@ def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> 
 
 def run_settings(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the run's result, for settings.json and, with the adapter, lfu_config.json."""
-    identity = {
+    identity: dict[str, str | None] = {
         "model_fingerprint": fingerprint(folder),
         "data_sha256": sha256(Path(options.data)),
     }

@@ -128,7 +128,7 @@ class Row(NamedTuple):
     number: int  # from 1, as editors count
     question: str
     answer: str
-    fields: dict  # the whole line
+    fields: dict[str, Any]  # the whole line
 
 
 def read_rows(path: str | Path, layout: Layout = columns) -> list[Row]:
@@ -163,7 +163,7 @@ def read_row(path: Path, number: int, line: str, layout: Layout) -> Row:
         raise InputError(f"{path}, line {number}: {error}") from error
 
 
-def json_object(line: str) -> dict:
+def json_object(line: str) -> dict[str, Any]:
     """A line parsed; InputError if it is anything but one object."""
     hint = " Of a JSON array, write each item on a line: jq -c '.[]' FILE." if line.lstrip().startswith("[") else ""
     try:

@@ -9,7 +9,7 @@ a refusal. Read next: `loglikelihood.py`.
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def refusal_scores(prediction: str, reference: object = None) -> dict[str, bool]
 
 # --- all of them -----------------------------------------------------------------------------------
 
-SCORES: dict[str, Callable[[str, Any], dict[str, float]]] = {
+SCORES: dict[str, Callable[[str, Any], Mapping[str, float]]] = {
     "gsm8k": gsm8k_scores,
     "exact": exact_scores,
     "f1": f1_scores,

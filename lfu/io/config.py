@@ -46,7 +46,7 @@ def parse_config(path: Path) -> dict[str, Any]:
     return settings
 
 
-def positive(path: Path, raw: dict, key: str, default: float | None = None, kind: type = int) -> Any:
+def positive(path: Path, raw: dict[str, Any], key: str, default: float | None = None, kind: type = int) -> Any:
     """A positive number of this kind; null or an absent key mean the default, if there is one."""
     value = default if raw.get(key) is None else raw[key]
     accepted = (int,) if kind is int else (int, float)
@@ -57,7 +57,7 @@ def positive(path: Path, raw: dict, key: str, default: float | None = None, kind
     return kind(value)
 
 
-def refuse_unsupported(path: Path, raw: dict) -> None:
+def refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
     """InputError for settings that change the computation in ways this decoder does not know."""
     accepted = {
         "hidden_act": ("silu", None),
@@ -74,7 +74,7 @@ def refuse_unsupported(path: Path, raw: dict) -> None:
         raise InputError(f"{path}: layer_types {sorted(kinds)} are not supported; every layer must be full_attention.")
 
 
-def require_divisible(path: Path, raw: dict, settings: dict[str, Any]) -> None:
+def require_divisible(path: Path, raw: dict[str, Any], settings: dict[str, Any]) -> None:
     """InputError for heads that do not divide what they share."""
     hidden_size, heads, shared = (
         settings[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
@@ -90,14 +90,14 @@ def require_divisible(path: Path, raw: dict, settings: dict[str, Any]) -> None:
         raise InputError(f"{path}: head_dim must be even for rotary embedding, not {settings['head_dim']}.")
 
 
-def read_window(path: Path, raw: dict) -> int | None:
+def read_window(path: Path, raw: dict[str, Any]) -> int | None:
     """Mistral's window: 4096 where the key is absent, none where it is null. Other families have none."""
     if raw["model_type"] != "mistral" or raw.get("sliding_window", 4096) is None:
         return None
     return positive(path, raw, "sliding_window", 4096)
 
 
-def read_rope(path: Path, raw: dict) -> tuple[float, dict[str, float] | None]:
+def read_rope(path: Path, raw: dict[str, Any]) -> tuple[float, dict[str, float] | None]:
     """Base and scaling of the rotary embedding, from `rope_theta` and `rope_scaling` (transformers 4),
     `rope_parameters` (5), or both where they agree."""
     blocks = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -20,7 +21,7 @@ from torch import Tensor
 from lfu.errors import InputError
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; InputError if the file is missing, not JSON, or not an object."""
     if not path.is_file():
         raise InputError(f"{path} does not exist.")
@@ -88,7 +89,7 @@ def write_text(target: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(target: Path, value: dict) -> None:
+def write_json(target: Path, value: dict[str, Any]) -> None:
     """Write a JSON object that appears whole or not at all."""
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

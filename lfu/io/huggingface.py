@@ -6,6 +6,7 @@ Read next: `lfu/runs.py`.
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from torch import Tensor
@@ -40,7 +41,7 @@ def resolve_model(model: str | Path) -> Path:
 SHARD_BYTES = 5 * 10**9
 
 
-def write_model(target: Path, source: Path, tensors: dict[str, Tensor], rope_keys: dict) -> None:
+def write_model(target: Path, source: Path, tensors: dict[str, Tensor], rope_keys: dict[str, Any]) -> None:
     """A complete Hugging Face folder: these weights, and `source`'s tokenizer and configuration.
 
     config.json states the rotary embedding both as transformers 4 and as 5 read it (`rope_keys`): each, given only the

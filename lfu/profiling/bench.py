@@ -30,6 +30,7 @@ from lfu.loss import answer_labels, answer_loss, answer_mask, consistency_loss
 from lfu.model import (
     Config,
     Params,
+    Record,
     Steering,
     base_product,
     embed,
@@ -55,7 +56,7 @@ def own_steps(config: Config, base: Params, task: Lora, batch: Batch, *, compile
     generator = torch.Generator(device).manual_seed(0)
     aux = lora.init(config, rank, generator=generator, dtype=stream)
     vectors = steering.zeros(config, device=device, dtype=stream)
-    how = {"scale": SCALE, "alpha": ALPHA, "lam": LAM}
+    how: dict[str, Any] = {"scale": SCALE, "alpha": ALPHA, "lam": LAM}
 
     def steps(**differently: Any) -> dict[str, Work]:
         return {
@@ -85,7 +86,7 @@ def three_pass_gradient(
         return answer_loss(unembed(config, base, hidden[-1][mask]), answers), hidden
 
     def whole(task: Lora) -> tuple[Tensor, Any]:
-        record = {}
+        record: Record = {}
         sft, hidden = loss(task, aux, recording(record))
         constants = {key: (x0.detach(), y0.detach()) for key, (x0, y0) in record.items()}
         cons = consistency_loss(hidden, states(task, undesirable, relative_to(constants)), mask)
@@ -112,11 +113,11 @@ def load_peers(folder: Path, base: Params, rank: int) -> Peers | None:
     from transformers import AutoModelForCausalLM
 
     def plain() -> Any:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.embed.dtype).to(base.embed.device)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=base.embed.dtype)
         model.generation_config.eos_token_id = None  # decoding goes on for as long as it is asked to
-        return model.eval()
+        return model.to(base.embed.device).eval()
 
-    settings = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=list(TARGETS))
+    settings = LoraConfig(r=rank, lora_alpha=round(SCALE * rank), target_modules=list(TARGETS))
     return Peers(plain(), get_peft_model(plain(), settings))
 
 
@@ -129,7 +130,7 @@ def peer_steps(model: Any, batch: Batch) -> dict[str, Work]:
         out = model(input_ids=batch.tokens, labels=batch.labels, use_cache=False, output_hidden_states=states)
         return out.loss, out.hidden_states
 
-    def sft() -> object:
+    def sft() -> tuple[Tensor, ...]:
         return torch.autograd.grad(run(states=False)[0], parameters)
 
     def move(direction: Sequence[Tensor], length: float) -> None:
@@ -296,14 +297,14 @@ def decoding_works(
     mask = pad([[1] * len(prompt) for prompt in prompts]).flip(1).to(base.embed.device)
 
     def ours(*adapters: Adapter) -> object:
-        how = {"max_new_tokens": new_tokens, "batch_size": len(prompts)}
-        return list(generate(config, base, endless, prompts, adapters, **how))
+        count = len(prompts)
+        return list(generate(config, base, endless, prompts, adapters, max_new_tokens=new_tokens, batch_size=count))
 
     def theirs(model: Any) -> object:
         how = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
         return model.generate(input_ids=tokens, attention_mask=mask, **how)
 
-    works = {"lfu": ours, "lfu, with LoRA": partial(ours, (fresh_task(config, base, rank), SCALE))}
+    works: dict[str, Work] = {"lfu": ours, "lfu, with LoRA": partial(ours, (fresh_task(config, base, rank), SCALE))}
     if peers:
         works |= {"transformers": partial(theirs, peers.plain)}
         works |= {"transformers + peft": partial(theirs, peers.adapted.eval())}

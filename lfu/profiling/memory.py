@@ -21,9 +21,13 @@ class AllocationCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.moments, self.held = 0, [], set()
+        self.now = 0
+        self.moments: list[int] = []
+        self.held: set[int] = set()
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         given = storages((args, kwargs))
         result = operation(*args, **(kwargs or {}))
         for key, storage in storages(result).items():

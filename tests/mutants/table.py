@@ -103,7 +103,12 @@ MODEL = [
     ),
     *mistakes_in(
         "model.block",
-        ("head norms skipped", "if layer.q_norm is not None:", "if False:", checks.decoder(*checks.QWEN3)),
+        (
+            "head norms skipped",
+            "if layer.q_norm is not None and layer.k_norm is not None:",
+            "if False:",
+            checks.decoder(*checks.QWEN3),
+        ),
         (
             "head norms exchanged",
             "rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)",
