@@ -35,6 +35,7 @@ from lfu.model import Config, Layer, Linear, Params, Product
 from lfu.profiling import bench
 from lfu.profiling.bench import Work, interleaved, own_steps, spread, timed
 from lfu.profiling.memory import expected_peak, peak
+from lfu.schedule import Settings, rows_of_step
 
 RANK, ROWS, LENGTH, ANSWER = 8, 4, 200, 120
 NAMES = ("sft", "lfu-lora", "lfu-reps")
@@ -176,11 +177,11 @@ def operations(here: Model, parsed: argparse.Namespace) -> None:
 def padding(here: Model, parsed: argparse.Namespace) -> None:
     """Three optimizer steps on real rows, over as many tokens in rows of one length."""
     config, base, task = here
-    tokenizer, settings = load_tokenizer(parsed.model, config.vocab_size), train.Settings()
+    tokenizer, settings = load_tokenizer(parsed.model, config.vocab_size), Settings()
     examples = [encode_row(tokenizer, Format(), row) for row in read_rows(parsed.data)]
     method = methods.bind("sft", config, scale=bench.SCALE)[0]
     for step in range(3):
-        chosen = [examples[row] for row in train.rows_of_step(len(examples), settings, step)[1]]
+        chosen = [examples[row] for row in rows_of_step(len(examples), settings, step)[1]]
         lengths = [len(example.tokens) for example in chosen]
         share = sum(example.num_loss_tokens for example in chosen) / sum(lengths)
         length = round(sum(lengths) / len(chosen))

@@ -27,10 +27,12 @@ from lfu.baselines import released
 from lfu.data.batches import IGNORED, Batch, Example, collate
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, ModelTokenizer, encode_row, load_tokenizer, token_ids
+from lfu.io.config import Config, read_config
 from lfu.lora import Adapter, Lora
 from lfu.loss import answer_labels, answer_mask, consistency_loss, sft_loss
-from lfu.model import Config, Params, Steering, embed, forward, trunk, unembed
-from lfu.train import Settings, ascend, differentiate, sft_gradient
+from lfu.model import Params, Steering, embed, forward, trunk, unembed
+from lfu.schedule import Settings
+from lfu.train import ascend, differentiate, sft_gradient
 
 SCALE, RANK, ROWS, MICRO_BATCH = fidelity.SCALE, fidelity.RANK, 16, 4
 PUBLISHED = {name: methods.METHODS[f"lfu-{name}"].published for name in ("lora", "reps")}
@@ -64,7 +66,7 @@ States = Callable[[Config, Params, Tensor, list[Tensor]], list[Tensor]]
 
 def main() -> None:
     parsed = fidelity.arguments(__doc__).parse_args()
-    tokenizer = load_tokenizer(parsed.model, model.read_config(parsed.model / "config.json").vocab_size)
+    tokenizer = load_tokenizer(parsed.model, read_config(parsed.model / "config.json").vocab_size)
     rows, form = read_rows(parsed.data), Format(parsed.template)
     examples = [encode_row(tokenizer, form, row) for row in rows]
     case = load_case(parsed.model, parsed.adapter, examples[:ROWS])

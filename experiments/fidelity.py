@@ -25,7 +25,8 @@ from lfu import lora, methods, model, train
 from lfu.data.batches import Batch, collate
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer
-from lfu.model import Config, Params
+from lfu.io.config import Config, read_config
+from lfu.model import Params
 
 
 class Setting(NamedTuple):
@@ -86,7 +87,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=4, help="how many rows of the file make the batch")
     parsed = parser.parse_args()
-    config = model.read_config(parsed.model / "config.json")
+    config = read_config(parsed.model / "config.json")
     task = starting_point(config, parsed.adapter)
     tokenizer, form = load_tokenizer(parsed.model, config.vocab_size), Format(parsed.template)
     batch = collate([encode_row(tokenizer, form, row) for row in read_rows(parsed.data)[: parsed.rows]])

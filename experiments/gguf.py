@@ -17,10 +17,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from lfu import model
+from lfu.io.config import MODULES
 from lfu.io.files import write_json, write_tensors
 
-MODULES = {
+FIELDS = {
     "attn_norm": "input_layernorm", "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj",
     "ffn_norm": "post_attention_layernorm", "ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj",
 }  # fmt: skip
@@ -64,7 +64,7 @@ def hugging_face_name(name: str) -> str:
     first, *rest = name.split(".")
     if first != "blk":
         return f"{OUTSIDE[first]}.weight"
-    return f"model.layers.{rest[0]}.{model.MODULES[MODULES[rest[1]]]}.weight"
+    return f"model.layers.{rest[0]}.{MODULES[FIELDS[rest[1]]]}.weight"
 
 
 def halves_apart(weight: np.ndarray, heads: int) -> np.ndarray:  # [H*h,D] -> [H*h,D]

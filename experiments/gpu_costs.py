@@ -22,8 +22,9 @@ from lfu import lora, methods, model
 from lfu.data.batches import Batch
 from lfu.data.tokens import load_tokenizer
 from lfu.errors import is_out_of_memory
+from lfu.io.config import Config, read_config, tensor_shapes
 from lfu.io.files import write_json
-from lfu.model import Config, Params
+from lfu.model import Params
 from lfu.profiling import bench
 from lfu.profiling.bench import Work, spread
 from lfu.profiling.memory import expected_peak, peak
@@ -49,9 +50,9 @@ def large(run: Run) -> Large:
     settings = SHAPES["llama-3.1-8b"] | (SMALL_SHAPE if run.small else {})
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", settings)
-        config = model.read_config(Path(folder) / "config.json")
+        config = read_config(Path(folder) / "config.json")
     generator = torch.Generator(run.device).manual_seed(0)
-    tensors = {name: drawn(shape, generator) for name, shape in model.tensor_shapes(config).items()}
+    tensors = {name: drawn(shape, generator) for name, shape in tensor_shapes(config).items()}
     return Large(config, model.assemble(config, tensors), settings)
 
 

@@ -29,9 +29,9 @@ from lfu.data.batches import Batch, collate
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer, prompt_ids
 from lfu.generate import generate
+from lfu.io.config import Config, read_config
 from lfu.io.tensors import read_all_tensors
 from lfu.lora import Lora
-from lfu.model import Config
 from lfu.profiling import bench
 from lfu.profiling.bench import Work
 from lfu.runs import checkpoints
@@ -50,7 +50,7 @@ def right(run: Run) -> None:
 
 
 def mini_batch(device: torch.device) -> tuple[Config, Batch]:
-    config = model.read_config(MINI / "config.json")
+    config = read_config(MINI / "config.json")
     tokenizer, rows = load_tokenizer(MINI, config.vocab_size), read_rows(MINI / "math" / "train.jsonl")[:4]
     return config, collate([encode_row(tokenizer, Format("question"), row) for row in rows], device)
 

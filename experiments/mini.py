@@ -33,6 +33,7 @@ from lfu.lora import Adapter, Lora
 from lfu.loss import answer_mask
 from lfu.model import Config, Params
 from lfu.profiling.bench import interleaved
+from lfu.schedule import Settings
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
 SPLITS = {
@@ -162,7 +163,7 @@ def steps(
     here: World, task: Lora, examples: Sequence[Example], spec: Spec, name: str, hyper: dict[str, Any]
 ) -> Iterator[dict[str, float]]:
     """The loop of `lfu.train`; `task` is updated in place."""
-    settings = train.Settings(
+    settings = Settings(
         epochs=spec.epochs,
         micro_batch_size=spec.micro_batch_size,
         learning_rate=spec.learning_rate,
@@ -200,7 +201,7 @@ def step_times(
     trials: dict[str, tuple[str, float, tuple[tuple[str, Any], ...]]], rounds: int
 ) -> dict[str, list[float]]:
     """Table 3: seconds of one gradient of each gradient method, on one micro-batch, round by round."""
-    here, settings = world("float32"), train.Settings()
+    here, settings = world("float32"), Settings()
     rows = rows_of("math", "train")[: settings.micro_batch_size]
     batch = collate([encode_row(here.tokenizer, Format("question"), row) for row in rows])
     task, generator = lora.init(here.config, RANK, generator=torch.Generator().manual_seed(0)), torch.Generator()

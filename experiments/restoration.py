@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from experiments import fidelity
-from lfu import model
 from lfu.data.batches import IGNORED, Batch, collate
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer
+from lfu.io.config import read_config
 
 ALPHA = 0.1
 MODES = {
@@ -39,7 +39,7 @@ def main() -> None:
     parsed = parser.parse_args()
     if parsed.adapter is None:
         parser.error("--adapter is needed: a fresh one has B = 0, and half of its gradient is zero")
-    tokenizer = load_tokenizer(parsed.model, model.read_config(parsed.model / "config.json").vocab_size)
+    tokenizer = load_tokenizer(parsed.model, read_config(parsed.model / "config.json").vocab_size)
     examples = [encode_row(tokenizer, Format(parsed.template), row) for row in read_rows(parsed.data)[:8]]
     batch, other = collate(examples[:4]), collate(examples[4:])
     print("| cosine, norm ratio | SFT term | consistency term |\n|---|---|---|")

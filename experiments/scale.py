@@ -22,8 +22,9 @@ from torch import Tensor
 
 from experiments import paper
 from lfu import methods, model
+from lfu.io.config import Config, read_config, tensor_shapes
 from lfu.io.files import write_json, write_tensors
-from lfu.model import Config, Params
+from lfu.model import Params
 from lfu.profiling import bench
 from lfu.profiling.memory import peak
 
@@ -119,8 +120,8 @@ def write(settings: dict, folder: Path) -> None:
     """Random weights, a shard at a time, so that the whole model is never in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", settings)
-    config = model.read_config(folder / "config.json")
-    shards = list(sharded(model.tensor_shapes(config)))
+    config = read_config(folder / "config.json")
+    shards = list(sharded(tensor_shapes(config)))
     generator, weight_map = torch.Generator().manual_seed(0), {}
     for number, shapes in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -158,7 +159,7 @@ LENGTHS, DEPTHS = (128, 256, 512, 1024, 2048), (1, 2, 3, 4)
 def growth() -> None:
     config = shaped(max(DEPTHS))
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: drawn(shape, generator) for name, shape in model.tensor_shapes(config).items()}
+    tensors = {name: drawn(shape, generator) for name, shape in tensor_shapes(config).items()}
     base = model.assemble(config, tensors)
     print("| tokens of one row, 2 blocks | " + " | ".join(f"{name}, ms a token" for name in METHODS) + " | counted |")
     print("|---|---|---|---|")

@@ -9,11 +9,13 @@ __version__ = "0.1.0"
 
 from lfu.data import Batch, Example, Format, Row, collate, encode_rows, load_tokenizer, read_rows
 from lfu.errors import InputError
+from lfu.io.config import Config
 from lfu.lora import init, merge, save, stack
 from lfu.loss import consistency_loss, sft_loss
 from lfu.methods import METHODS, bind
-from lfu.model import Config, LowRank, Params, Steering, forward, load
-from lfu.train import Settings, adamw, ascend, lfu_gradient, lfu_lora, lfu_reps, sft_gradient
+from lfu.model import LowRank, Params, Steering, forward, load
+from lfu.schedule import Settings
+from lfu.train import adamw, ascend, lfu_gradient, lfu_lora, lfu_reps, sft_gradient
 
 __all__ = [
     "METHODS", "Batch", "Config", "Example", "Format", "InputError", "LowRank", "Params", "Row", "Settings", "Steering",

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lfu.errors import InputError
+from lfu.io.config import MODULES, Config, layer_shapes
 from lfu.io.files import first_few, read_json, write_json, write_tensors
 from lfu.io.tensors import read_tensors, tensor_files
-from lfu.model import MODULES, Adapter, Config, Lora, LowRank, Params, layer_shapes, stream_dtype
+from lfu.model import Adapter, Lora, LowRank, Params, stream_dtype
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """All seven linear layers of a block, the published choice."""

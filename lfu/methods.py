@@ -33,17 +33,8 @@ from lfu.errors import InputError, option_name, require_not_negative
 from lfu.lora import Lora
 from lfu.loss import require_norm, resolve_layers
 from lfu.model import Config, Params
-from lfu.train import (
-    Metrics,
-    Settings,
-    compiled,
-    differentiate,
-    init_like,
-    lfu_gradient,
-    lfu_lora,
-    lfu_reps,
-    sft_gradient,
-)
+from lfu.schedule import Settings
+from lfu.train import Metrics, compiled, differentiate, init_like, lfu_gradient, lfu_lora, lfu_reps, sft_gradient
 
 
 def sft(
@@ -162,12 +153,12 @@ def bind(
     chosen = {key: value for key, value in given.items() if value is not None}
     if surplus := [option_name(key) for key in chosen if key not in spec.published]:
         raise InputError(f"The method {name} has no {' or '.join(surplus)}; choose another method, or leave it out.")
-    if compile:
-        require_compiler(name)
     if remat and compile:
         raise InputError("remat and compile exclude each other: the compiler decides by itself what it keeps.")
     if (remat or compile) and spec.released:
         raise InputError(f"The method {name} has no remat and cannot be compiled.")
+    if compile:
+        require_compiler(name)
     resolved = spec.published | chosen
     require_not_negative(**{key: resolved[key] for key in ("alpha", "lam", "beta") if key in resolved})
     if "norm" in resolved:

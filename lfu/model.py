@@ -10,51 +10,23 @@ Shapes: B batch, T time, D model, H query heads, G key/value heads, h head size,
 r rank. Weights are [out, in], as in the file. The *stream* dtype is float32, or float64 when the weights are float64:
 the residual stream, norms, softmax and adapters are computed in it. Only the product W x runs in the dtype of W.
 
-Formulas: transformers 5, `models/{llama,mistral,qwen3}` and `modeling_rope_utils.py`. Read next: `lora.py`.
+`Config` is in `io/config.py`. Formulas: transformers 5, `models/{llama,mistral,qwen3}` and `modeling_rope_utils.py`.
+Read next: `lora.py`.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lfu.errors import InputError
-from lfu.io.config import parse_config
+from lfu.io.config import MODULES, Config, layer_shapes, read_config, tensor_shapes
 from lfu.io.huggingface import resolve_model
 from lfu.io.tensors import read_tensors, stored_dtype
-
-# --- data types -----------------------------------------------------------------------------------
-
-
-class Llama3Scaling(NamedTuple):
-    """How Llama 3.1 stretches the slow rotary frequencies to contexts longer than it was first trained on."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-class Config(NamedTuple):
-    """Everything that shapes the computation, from config.json alone. Immutable and hashable."""
-
-    model_type: str  # llama, mistral or qwen3
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3Scaling | None
-    sliding_window: int | None  # a query sees this many positions, itself included; None: all
-    tie_word_embeddings: bool
 
 
 class Layer(NamedTuple):
@@ -300,16 +272,6 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:  # [B,H,T,h] -> 
 
 # --- reading a Hugging Face folder ----------------------------------------------------------------
 
-NORMS = ("input_layernorm", "post_attention_layernorm")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-MLP = ("gate_proj", "up_proj", "down_proj")
-MODULES = {
-    **{field: field for field in NORMS},
-    **{field: f"self_attn.{field}" for field in ATTENTION},
-    **{field: f"mlp.{field}" for field in MLP},
-}
-"""Layer field -> the module's name inside `model.layers.{i}`, in Hugging Face and PEFT files alike."""
-
 
 def load(
     path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
@@ -337,13 +299,6 @@ def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else stored_dtype(folder, "model.embed_tokens.weight")
 
 
-def read_config(path: Path) -> Config:
-    """config.json -> Config; InputError for what this decoder cannot compute (see `io/config.py`)."""
-    settings = parse_config(path)
-    scaling = settings.pop("rope_scaling")
-    return Config(**settings, rope_scaling=Llama3Scaling(**scaling) if scaling else None)
-
-
 def assemble(config: Config, tensors: dict[str, Tensor]) -> Params:
     """Hugging Face names -> Params."""
     layers = [
@@ -365,27 +320,6 @@ def named_tensors(config: Config, params: Params) -> dict[str, Tensor]:
     return tensors if config.tie_word_embeddings else tensors | {"lm_head.weight": params.lm_head}
 
 
-def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model, by its Hugging Face name."""
-    table = (config.vocab_size, config.hidden_size)
-    shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (config.hidden_size,), "lm_head.weight": table}
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{MODULES[field]}.weight": shape for field, shape in layer_shapes(config).items()}
-    return shapes
-
-
-def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Layer field -> shape. What `Layer` says in comments, the loader enforces from here."""
-    D, F_ = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
-    shapes |= {"q_proj": (queries, D), "k_proj": (keys, D), "v_proj": (keys, D), "o_proj": (D, queries)}
-    shapes |= {"gate_proj": (F_, D), "up_proj": (F_, D), "down_proj": (D, F_)}
-    if config.model_type == "qwen3":
-        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
-    return shapes
-
-
 def check_tied(folder: Path, config: Config, tensors: dict[str, Tensor]) -> None:
     """InputError where config.json says the output layer is the embedding, and the file holds another one."""
     head = tensors.get("lm_head.weight")
@@ -394,10 +328,3 @@ def check_tied(folder: Path, config: Config, tensors: dict[str, Tensor]) -> None
             f"{folder}: config.json ties lm_head.weight to model.embed_tokens.weight, but the file holds two different "
             "tensors. Set tie_word_embeddings to false if both are meant."
         )
-
-
-def rope_keys(config: Config) -> dict[str, Any]:
-    """The rotary keys of config.json in both forms, for a folder that any transformers will read the same."""
-    scaling = {"rope_type": "llama3", **config.rope_scaling._asdict()} if config.rope_scaling else None
-    parameters = (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
-    return {"rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}

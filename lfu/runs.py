@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from lfu import lora, model
+from lfu import lora
 from lfu.baselines.averages import ema
 from lfu.errors import InputError
 from lfu.io.files import new_folder, read_json, sha256, write_json, write_tensors, write_text
 from lfu.io.tensors import read_all_tensors
+from lfu.model import Config
 
 
 def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -214,7 +215,7 @@ def save_adapter(folder: Path, task: lora.Lora, settings: dict[str, Any]) -> Non
     write_json(folder / "lfu_config.json", settings)
 
 
-def restore(run: Run, config: model.Config, task: lora.Lora, optimizer: torch.optim.Optimizer) -> int:
+def restore(run: Run, config: Config, task: lora.Lora, optimizer: torch.optim.Optimizer) -> int:
     """Copy the last checkpoint, if there is one, into all that the run moves; returns the steps done."""
     if not (saved := checkpoints(run.out)):
         return 0
@@ -229,7 +230,7 @@ def restore(run: Run, config: model.Config, task: lora.Lora, optimizer: torch.op
     return step
 
 
-def copy_adapter(folder: Path, config: model.Config, task: lora.Lora) -> None:
+def copy_adapter(folder: Path, config: Config, task: lora.Lora) -> None:
     """Copy a saved adapter into `task`."""
     saved, _ = lora.load(folder, config, dtype=tree_leaves(task)[0].dtype)
     for tensor, value in zip(tree_leaves(task), tree_leaves(saved), strict=True):

@@ -13,18 +13,17 @@ Read next: `methods.py`; `remat.py` is for when a step does not fit.
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lfu import lora, steering
-from lfu.data.batches import Batch, Example, collate, shuffled, split_by_length
+from lfu.data.batches import Batch, Example, collate, split_by_length
 from lfu.distributed import all_reduce, rank_and_world_size
-from lfu.errors import InputError, option_name, out_of_memory_at, require_not_negative
+from lfu.errors import InputError, out_of_memory_at, require_not_negative
 from lfu.lora import Adapter, Lora, stack
 from lfu.loss import answer_labels, answer_loss, answer_mask, consistency_loss
 from lfu.model import (
@@ -41,6 +40,7 @@ from lfu.model import (
     unembed,
 )
 from lfu.remat import relative_to_states, rematerialised
+from lfu.schedule import Settings, generator_for, learning_rate, rows_of_step, total_steps, validate_settings
 
 Aux = Lora | Tensor
 """The auxiliary component: a Lora (LfU-LoRA) or steering vectors [K, D] (LfU-RepS)."""
@@ -219,31 +219,6 @@ def require_no_op(aux: Aux) -> None:
 # --- the loop -------------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
-    """How long and how fast to train. The defaults are the published ones."""
-
-    epochs: int = 3
-    batch_size: int = 16  # rows per optimizer step
-    micro_batch_size: int = 4  # rows per gradient; LfU ascends once per micro-batch, so its result depends on this
-    learning_rate: float = 1e-4
-    warmup: float = 0.1  # share of the steps
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 42
-
-
-def validate_settings(settings: Settings) -> None:
-    """InputError for settings that no run can have."""
-    for name in ("epochs", "batch_size", "micro_batch_size", "max_grad_norm"):
-        if not getattr(settings, name) > 0:
-            raise InputError(f"{option_name(name)} must be more than 0, not {getattr(settings, name)}.")
-    require_not_negative(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
-    if not 0 <= settings.seed < 2**64:
-        raise InputError(f"seed must be from 0 to 2**64 - 1, not {settings.seed}.")
-    if not 0 <= settings.warmup <= 1:
-        raise InputError(f"warmup is a share of the steps, from 0 to 1, not {settings.warmup}.")
-
-
 def train(
     config: Config,
     base: Params,
@@ -308,37 +283,6 @@ def step_gradient(
         gradient = tree_map(partial(torch.add, alpha=weight), gradient, part)
         metrics = {name: metrics.get(name, 0.0) + weight * float(value) for name, value in values.items()}
     return all_reduce(gradient, metrics) if processes > 1 else (gradient, metrics)
-
-
-def total_steps(count: int, settings: Settings) -> int:
-    """Optimizer steps of the whole run."""
-    return settings.epochs * steps_per_epoch(count, settings)
-
-
-def steps_per_epoch(count: int, settings: Settings) -> int:
-    """Optimizer steps over `count` rows; the last, partial one counts."""
-    return math.ceil(count / settings.batch_size)
-
-
-def rows_of_step(count: int, settings: Settings, step: int) -> tuple[int, list[int]]:
-    """The epoch of a step and the rows it takes, a pure function of (seed, epoch)."""
-    epoch, position = divmod(step, steps_per_epoch(count, settings))
-    start = position * settings.batch_size
-    return epoch, shuffled(count, settings.seed, epoch)[start : start + settings.batch_size]
-
-
-def generator_for(settings: Settings, step: int, index: int, device: torch.device) -> torch.Generator:
-    """The randomness of one micro-batch, a pure function of (seed, step, index)."""
-    seed = np.random.SeedSequence([settings.seed, step, index]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed))
-
-
-def learning_rate(step: int, steps: int, settings: Settings) -> float:
-    """Linear warm-up from 0 over ceil(warmup·steps) steps, then half a cosine to 0: as transformers' Trainer."""
-    warmup = math.ceil(settings.warmup * steps)
-    if step < warmup:
-        return settings.learning_rate * step / warmup
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def adamw(task: Lora, settings: Settings) -> torch.optim.AdamW:

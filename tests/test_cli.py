@@ -39,11 +39,13 @@ from lfu.errors import InputError
 from lfu.evaluation.generative import draw_shots, harness_prompt
 from lfu.evaluation.nll import answer_nll
 from lfu.io import files, huggingface
+from lfu.io.config import read_config
 from lfu.io.huggingface import fingerprint
-from lfu.model import forward, load, read_config
+from lfu.model import forward, load
 from lfu.profiling.memory import peak
 from lfu.runs import checkpoints, prune_checkpoints
-from lfu.train import Settings, sft_gradient
+from lfu.schedule import Settings
+from lfu.train import sft_gradient
 
 QUESTION = "Compute 7+5."
 STOPS = {"alpaca": ("### Instruction:",), "question": ("Question:",), "plain": ()}

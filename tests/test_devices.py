@@ -18,6 +18,7 @@ from lfu.errors import InputError
 from lfu.evaluation.nll import answer_nll
 from lfu.generate import generate
 from lfu.profiling import bench
+from lfu.schedule import Settings
 
 
 @pytest.mark.parametrize(
@@ -44,16 +45,14 @@ EXAMPLES = [Example([5] * 9 + [7] * 3, 6, row) for row in range(8)]
 def gradient(name: str, remat: bool = False) -> Callable[[], Any]:
     config, base = model.load(MINI)
     task, batch = bench.fresh_task(config, base, 2), bench.random_batch(config, 2, 12, 6, 0, torch.device("cpu"))
-    method, _ = methods.bind(
-        name, config, scale=2.0, examples=EXAMPLES, settings=train.Settings(batch_size=4), remat=remat
-    )
+    method, _ = methods.bind(name, config, scale=2.0, examples=EXAMPLES, settings=Settings(batch_size=4), remat=remat)
     return lambda: method(config, base, task, batch, torch.Generator("cpu").manual_seed(0))
 
 
 def other_works() -> dict[str, Callable[[], Any]]:
     config, base = model.load(MINI)
     task, tokenizer = bench.fresh_task(config, base, 2), load_tokenizer(MINI, config.vocab_size)
-    settings = train.Settings(epochs=1, batch_size=4, micro_batch_size=2)
+    settings = Settings(epochs=1, batch_size=4, micro_batch_size=2)
     method, _ = methods.bind("lfu-lora", config, scale=2.0)
     optimizer = torch.optim.SGD(tree_leaves(task))  # older releases make a number of AdamW's on the default device
     return {

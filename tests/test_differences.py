@@ -14,10 +14,10 @@ from compare import distance
 
 from experiments import differences
 from experiments.differences import MICRO_BATCH, Case, Found, by_method, lora_variant, low, reps_variant
-from lfu import model
 from lfu.baselines import released
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer
+from lfu.io.config import read_config
 from lfu.train import adamw, train
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ CLOSE = 1e-3
 def case() -> Case:
     """The miniature model, with a task LoRA that has moved away from its start."""
     folder = ROOT / "weights" / "mini"
-    tokenizer = load_tokenizer(folder, model.read_config(folder / "config.json").vocab_size)
+    tokenizer = load_tokenizer(folder, read_config(folder / "config.json").vocab_size)
     rows = read_rows(folder / "math" / "train.jsonl")[:16]
     case = differences.load_case(folder, None, [encode_row(tokenizer, Format("question"), row) for row in rows])
     settings = differences.Settings(epochs=2, batch_size=8, learning_rate=1e-2)

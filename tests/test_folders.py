@@ -18,10 +18,11 @@ from torch import Tensor
 from lfu import lora
 from lfu.errors import InputError
 from lfu.io import files, huggingface
+from lfu.io.config import read_config
 from lfu.io.files import new_folder, write_json, write_tensors, write_text
 from lfu.io.huggingface import resolve_model
 from lfu.lora import TARGETS
-from lfu.model import load, read_config
+from lfu.model import load
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665f6a4\nsize 16060556664\n"
 Q0 = "model.layers.0.self_attn.q_proj.weight"

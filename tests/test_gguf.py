@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from experiments import gguf
 from lfu import model
+from lfu.io.config import MODULES, read_config
 
 KINDS = {"NORMAL": 1, "CONTROL": 3}  # of a token, gguf.TokenType
 
@@ -35,7 +36,7 @@ def write(path: Path) -> None:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = {theirs: ours for ours, theirs in gguf.OUTSIDE.items()}
-    modules = {model.MODULES[field]: ours for ours, field in gguf.MODULES.items()}
+    modules = {MODULES[field]: ours for ours, field in gguf.FIELDS.items()}
     for name, tensor in model.named_tensors(config, params).items():
         parts, weight = name.removesuffix(".weight").split("."), tensor.float().numpy()
         if parts[1] != "layers":
@@ -64,7 +65,7 @@ def test_the_folder_holds_the_same_model(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.argv", ["gguf.py", str(out), *map(str, parts)])
     gguf.main()
     config, params = model.load(MINI)
-    read = model.read_config(out / "config.json")
+    read = read_config(out / "config.json")
     assert read == config._replace(vocab_size=10)
     tensors = load_file(out / "model.safetensors")
     expected = model.named_tensors(config, params)

@@ -23,7 +23,7 @@ from lfu.data.batches import Batch, Example, collate
 from lfu.lora import to_peft_tensors
 from lfu.methods import bind
 from lfu.model import Params, named_tensors
-from lfu.train import Settings
+from lfu.schedule import Settings
 
 CONFIG = tiny_config("llama31")
 SCALE, RANK, EOS = 2.0, 2, 2

@@ -7,6 +7,7 @@ import torch
 
 from experiments import scale
 from lfu import model
+from lfu.io.config import read_config, tensor_shapes
 from lfu.io.files import write_json
 
 
@@ -26,7 +27,7 @@ def test_the_published_shapes_have_their_published_sizes(tmp_path: Path) -> None
     sizes = {"llama-3.1-8b": 8_030_261_248, "mistral-7b-v0.3": 7_248_023_552}
     for shape, size in sizes.items():
         write_json(tmp_path / f"{shape}.json", scale.SHAPES[shape])
-        shapes = model.tensor_shapes(model.read_config(tmp_path / f"{shape}.json"))
+        shapes = tensor_shapes(read_config(tmp_path / f"{shape}.json"))
         assert sum(torch.Size(each).numel() for each in shapes.values()) == size
 
 

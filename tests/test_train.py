@@ -24,21 +24,8 @@ from lfu.data.batches import Batch, Example, collate, shuffled
 from lfu.lora import Lora
 from lfu.methods import METHODS, bind
 from lfu.model import Config, Params
-from lfu.train import (
-    Method,
-    Metrics,
-    Settings,
-    adamw,
-    clip,
-    generator_for,
-    global_norm,
-    learning_rate,
-    lfu_gradient,
-    sft_gradient,
-    total_steps,
-    train,
-    validate_settings,
-)
+from lfu.schedule import Settings, generator_for, learning_rate, total_steps, validate_settings
+from lfu.train import Method, Metrics, adamw, clip, global_norm, lfu_gradient, sft_gradient, train
 
 CONFIG = tiny_config("qwen3_untied")
 GSM8K_ROWS = 7473

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfu.io.config import Config, Llama3Scaling, layer_shapes
 from lfu.lora import TARGETS, Lora, LowRank
-from lfu.model import Config, Layer, Llama3Scaling, Params, layer_shapes
+from lfu.model import Layer, Params
 
 LENGTH = 96
 """Tokens in a comparison: longer than the windows and original contexts below."""

@@ -9,6 +9,7 @@ from lfu import lora, model
 from lfu.baselines.averages import ensemble
 from lfu.cli.options import adapter_format, cast_adapter, check_writable, format_flags, option
 from lfu.errors import InputError
+from lfu.io.config import read_config, rope_keys
 from lfu.io.huggingface import resolve_model, write_model
 from lfu.io.tensors import stored_dtype
 
@@ -32,13 +33,13 @@ def merge(options: MergeOptions) -> Path:
     check_writable(out)
     if not 0 <= options.weight <= 1:
         raise InputError(f"weight is a share from 0 to 1, not {options.weight}.")
-    config = model.read_config(source / "config.json")
+    config = read_config(source / "config.json")
     form = adapter_format(Path(options.adapter), source)
     saved = ensemble(lora.load(Path(options.adapter), config), 1 - options.weight)
     config, base = model.load(source, dtype=stored_dtype(source, "model.embed_tokens.weight"))
     adapter = cast_adapter(saved, base)
     merged = lora.merge(base, adapter)
-    write_model(out, source, model.named_tensors(config, merged), model.rope_keys(config))
+    write_model(out, source, model.named_tensors(config, merged), rope_keys(config))
     tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     beside, inside = model.forward(config, base, tokens, [adapter])[0], model.forward(config, merged, tokens)[0]
     print(

@@ -20,6 +20,7 @@ from lfu import lora, model
 from lfu.data.rows import LAYOUTS, Layout, get_layout
 from lfu.data.tokens import TEMPLATES, Format, ModelTokenizer, load_tokenizer, prompt_ids
 from lfu.errors import InputError, option_name
+from lfu.io.config import Config, read_config
 from lfu.io.files import read_json
 from lfu.io.huggingface import fingerprint, resolve_model
 
@@ -118,7 +119,7 @@ class PromptSetup(NamedTuple):
     """How a model is asked: all that prompts are made of, before any weights are read."""
 
     folder: Path
-    config: model.Config
+    config: Config
     tokenizer: ModelTokenizer
     format: Format
 
@@ -126,7 +127,7 @@ class PromptSetup(NamedTuple):
 class LoadedModel(NamedTuple):
     """A model, with or without an adapter, that can be asked."""
 
-    config: model.Config
+    config: Config
     base: model.Params
     adapters: list[lora.Adapter]
 
@@ -134,7 +135,7 @@ class LoadedModel(NamedTuple):
 def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
     """The prompt's format is the adapter's own, unless it is given; without either, `Format()`."""
     folder = resolve_model(options.model)
-    config = model.read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     stored = adapter_format(Path(options.adapter), folder) if options.adapter else Format()
     form = stored._replace(
         template=stored.template if options.template is None else options.template,

@@ -37,6 +37,7 @@ from lfu.data.rows import read_rows
 from lfu.data.tokens import LOSS_ON, TEMPLATES, Format, encode_rows, load_tokenizer
 from lfu.distributed import process_group, rank_and_world_size
 from lfu.errors import InputError
+from lfu.io.config import Config, read_config
 from lfu.io.files import read_json, sha256, write_json
 from lfu.io.huggingface import fingerprint, resolve_model
 from lfu.loss import NORMS
@@ -46,6 +47,7 @@ from lfu.runs import (
     log_and_save,
     restore,
 )
+from lfu.schedule import Settings, steps_per_epoch, total_steps, validate_settings
 
 
 def published(name: str) -> str:
@@ -122,14 +124,14 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     if number == 0 and not options.resume:
         write_json(out / "settings.json", plan.settings)
     optimizer = training.adamw(task, plan.schedule)
-    save_every = options.save_every or training.steps_per_epoch(len(plan.examples), plan.schedule)
+    save_every = options.save_every or steps_per_epoch(len(plan.examples), plan.schedule)
     run = Run(out, plan.settings, save_every, options.keep, plan.method.state, average)
     start_step = restore(run, config, task, optimizer)
     if processes > 1:
         require_same_start(start_step, plan.settings)
     steps = training.train(config, base, task, optimizer, plan.examples, plan.method, plan.schedule, start_step)
     if number == 0:
-        log_and_save(run, steps, task, optimizer, start_step, training.total_steps(len(plan.examples), plan.schedule))
+        log_and_save(run, steps, task, optimizer, start_step, total_steps(len(plan.examples), plan.schedule))
     else:
         deque(steps, maxlen=0)
     return out / "adapter"
@@ -151,8 +153,8 @@ class Plan(NamedTuple):
     """A run whose options, data and method have been checked, before the model's weights are read."""
 
     folder: Path
-    config: model.Config
-    schedule: training.Settings
+    config: Config
+    schedule: Settings
     examples: list[Example]
     method: methods.BoundMethod
     start: lora.Lora
@@ -168,9 +170,9 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     if not 0 < options.lora_alpha < math.inf:
         raise InputError(f"lora-alpha must be more than 0 and finite, not {options.lora_alpha}.")
     folder = resolve_model(options.model)
-    config = model.read_config(folder / "config.json")
-    schedule = training.Settings(**{name: getattr(options, name) for name in training.Settings._fields})
-    training.validate_settings(schedule)
+    config = read_config(folder / "config.json")
+    schedule = Settings(**{name: getattr(options, name) for name in Settings._fields})
+    validate_settings(schedule)
     examples = read_examples(options, folder, config)
     method, chosen = methods.bind(
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
@@ -182,7 +184,7 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     return Plan(folder, config, schedule, examples, method, start, dtype, settings)
 
 
-def initial_adapter(options: TrainOptions, folder: Path, config: model.Config) -> lora.Lora:
+def initial_adapter(options: TrainOptions, folder: Path, config: Config) -> lora.Lora:
     """A fresh LoRA, or the given adapter, which must be one of this model, prompt format, rank and scale."""
     if options.adapter is None:
         return lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
@@ -199,7 +201,7 @@ def initial_adapter(options: TrainOptions, folder: Path, config: model.Config) -
     return start
 
 
-def read_examples(options: TrainOptions, folder: Path, config: model.Config) -> list[Example]:
+def read_examples(options: TrainOptions, folder: Path, config: Config) -> list[Example]:
     """The tokenised rows; prints how many there are and which were left out."""
     tokenizer = load_tokenizer(folder, config.vocab_size)
     rows = read_rows(options.data, options.reader())[: options.limit]
@@ -247,7 +249,7 @@ def defaults(kind: type) -> dict[str, Any]:
 
 def print_forecast(plan: Plan, base: model.Params, task: lora.Lora) -> None:
     """Print what the run will take, and whether it can learn anything."""
-    if training.total_steps(len(plan.examples), plan.schedule) == 1 and plan.schedule.warmup > 0:
+    if total_steps(len(plan.examples), plan.schedule) == 1 and plan.schedule.warmup > 0:
         print("The only step of this run is its warm-up, with learning rate 0: nothing is learned. See --warmup.")
     print_memory(base, task)
     rows = min(plan.schedule.micro_batch_size, plan.schedule.batch_size)

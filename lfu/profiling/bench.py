@@ -25,16 +25,15 @@ from lfu import lora, steering
 from lfu.data.batches import IGNORED, Batch, pad
 from lfu.data.tokens import ModelTokenizer
 from lfu.generate import generate
+from lfu.io.config import Config, layer_shapes
 from lfu.lora import TARGETS, Adapter, Lora, stack
 from lfu.loss import answer_labels, answer_loss, answer_mask, consistency_loss
 from lfu.model import (
-    Config,
     Params,
     Record,
     Steering,
     base_product,
     embed,
-    layer_shapes,
     recording,
     relative_to,
     stream_dtype,

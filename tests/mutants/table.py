@@ -589,7 +589,7 @@ LOOP = [
         ),
     ),
     *mistakes_in(
-        "train.generator_for",
+        "schedule.generator_for",
         (
             "the same randomness in every step",
             "[settings.seed, step, index]",
@@ -599,7 +599,7 @@ LOOP = [
         ("step and index added up", "[settings.seed, step, index]", "[settings.seed, step + index]", checks.DRAWS),
     ),
     *mistakes_in(
-        "train.steps_per_epoch",
+        "schedule.steps_per_epoch",
         (
             "last partial step dropped",
             "math.ceil(count / settings.batch_size)",
@@ -608,7 +608,7 @@ LOOP = [
         ),
     ),
     *mistakes_in(
-        "train.rows_of_step",
+        "schedule.rows_of_step",
         (
             "every epoch in the same order",
             "shuffled(count, settings.seed, epoch)",
@@ -618,7 +618,7 @@ LOOP = [
         ("first rows of the epoch in every step", "position * settings.batch_size", "0", checks.EVERY_ROW),
     ),
     *mistakes_in(
-        "train.learning_rate",
+        "schedule.learning_rate",
         ("warm-up off by one: not 0 at step 0", "step / warmup", "(step + 1) / warmup", checks.schedule(1404, 0.1)),
         ("warm-up rounded down", "math.ceil(", "math.floor(", checks.schedule(1404, 0.1)),
         (

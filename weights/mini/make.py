@@ -27,9 +27,10 @@ from lfu.data.batches import Batch, Example, collate, split_by_length
 from lfu.data.tokens import Format, ModelTokenizer, encode_row, load_tokenizer, prompt_ids, token_ids
 from lfu.evaluation.generative import is_right
 from lfu.generate import generate
+from lfu.io.config import Config, read_config, tensor_shapes
 from lfu.io.files import write_json, write_tensors
 from lfu.loss import sft_loss
-from lfu.model import Config, Params
+from lfu.model import Params
 
 HERE = Path(__file__).resolve().parent
 
@@ -453,7 +454,7 @@ def initial(config: Config, generator: torch.Generator) -> Params:
     std = config.hidden_size**-0.5
     tensors = {
         name: torch.ones(shape) if len(shape) == 1 else std * torch.randn(shape, generator=generator)
-        for name, shape in model.tensor_shapes(config).items()
+        for name, shape in tensor_shapes(config).items()
     }
     return model.assemble(config, tensors)
 
@@ -521,7 +522,7 @@ def make_model(splits: dict[str, list[Row]]) -> None:
     write_folder(
         train_tokenizer([*stories, *(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows)])
     )
-    config = model.read_config(HERE / "config.json")
+    config = read_config(HERE / "config.json")
     tokenizer = load_tokenizer(HERE, config.vocab_size)
     examples = [encode_question(tokenizer, row) for row in rows] + [encode_story(tokenizer, text) for text in stories]
     random.Random("order").shuffle(examples)
