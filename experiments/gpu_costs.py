@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
 from experiments import costs
-from experiments.gpu import NAMES, RANK, SCALE, Run, save, tell
+from experiments.gpu_tables import NAMES, RANK, SCALE, Run, save, tell
 from experiments.mini import MINI
 from experiments.scale import SHAPES, drawn
 from lfu import lora, methods, model

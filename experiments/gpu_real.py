@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiments.gpu import LIMITS, Run, save, tell
+from experiments.gpu_tables import LIMITS, Run, save, tell
 from experiments.mini import MINI
 from lfu import cli, lora, model
 from lfu.data.batches import Example

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from experiments import fidelity
-from experiments.gpu import ALPHA, LAM, NAMES, RANK, SCALE, Run, save
+from experiments.gpu_tables import ALPHA, LAM, NAMES, RANK, SCALE, Run, save
 from experiments.mini import MINI
 from lfu import cli, lora, methods, model, steering, train
 from lfu.data.batches import Batch, collate

@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from experiments import gpu, gpu_costs
+from experiments.gpu_tables import LIMITS, Run
 from lfu import lora
 from lfu.data.batches import IGNORED
 from lfu.io.files import read_json
@@ -57,15 +58,15 @@ def test_no_gpu_is_a_line_for_each_part(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_a_part_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "LIMITS", gpu.LIMITS | {"steps": 0.2, "profile": 0.2})
+    monkeypatch.setattr(gpu, "LIMITS", LIMITS | {"steps": 0.2, "profile": 0.2})
     assert small(tmp_path / "out", "--device=cpu", "--only", "steps", "profile") == 1
     said = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "steps: stopped at its limit of 0.2 seconds." in said
     assert "profile: stopped at its limit of 0.2 seconds." in said
 
 
-def run_on_cpu(out: Path) -> gpu.Run:
-    return gpu.Run(out, torch.device("cpu"), small=True, model=None, gsm8k=None, wikitext=None, micro_batch_size=16)
+def run_on_cpu(out: Path) -> Run:
+    return Run(out, torch.device("cpu"), small=True, model=None, gsm8k=None, wikitext=None, micro_batch_size=16)
 
 
 def test_what_does_not_fit_is_a_row(tmp_path: Path) -> None:
