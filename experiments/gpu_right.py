@@ -25,6 +25,7 @@ from experiments import fidelity
 from experiments.gpu_tables import ALPHA, LAM, NAMES, RANK, SCALE, Run, save
 from experiments.mini import MINI
 from lfu import cli, lora, methods, model, steering, train
+from lfu.checkpoints import checkpoints
 from lfu.data.batches import Batch, collate
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer, prompt_ids
@@ -34,7 +35,6 @@ from lfu.io.tensors import read_all_tensors
 from lfu.lora import Lora
 from lfu.profiling import bench
 from lfu.profiling.bench import Work
-from lfu.runs import checkpoints
 
 DTYPES = (torch.float64, torch.float32)
 

@@ -33,6 +33,7 @@ from experiments.markdown import markdown
 from experiments.mini import state_squares
 from experiments.report import difference
 from lfu import cli, model
+from lfu.checkpoints import checkpoints
 from lfu.data.batches import Example, collate
 from lfu.data.rows import Row, read_rows
 from lfu.data.tokens import TEMPLATES, Format, ModelTokenizer, encode_row, load_tokenizer, prompt_ids, token_ids
@@ -46,7 +47,6 @@ from lfu.lora import Adapter
 from lfu.lora import load as load_adapter
 from lfu.loss import answer_mask
 from lfu.model import Config, Params
-from lfu.runs import checkpoints
 
 SETTINGS = {
     "sft": {"method": "sft"},

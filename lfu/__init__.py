@@ -14,6 +14,7 @@ from lfu.lora import init, merge, save, stack
 from lfu.loss import consistency_loss, sft_loss
 from lfu.methods import METHODS, bind
 from lfu.model import LowRank, Params, Steering, forward, load
+from lfu.runs import train_run
 from lfu.schedule import Settings
 from lfu.train import adamw, ascend, lfu_gradient, lfu_lora, lfu_reps, sft_gradient
 
@@ -21,4 +22,5 @@ __all__ = [
     "METHODS", "Batch", "Config", "Example", "Format", "InputError", "LowRank", "Params", "Row", "Settings", "Steering",
     "adamw", "ascend", "bind", "collate", "consistency_loss", "encode_rows", "forward", "init", "lfu_gradient",
     "lfu_lora", "lfu_reps", "load", "load_tokenizer", "merge", "read_rows", "save", "sft_gradient", "sft_loss", "stack",
+    "train_run",
 ]  # fmt: skip

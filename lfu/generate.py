@@ -185,32 +185,34 @@ def decode(
     end = int(positions.max()) + 1
     if end > cache.keys[0].shape[2]:
         raise InputError(f"The cache has room for {cache.keys[0].shape[2]} tokens a row; {end} are needed.")
-    mask = attention_mask(positions, torch.arange(end, device=tokens.device), config.sliding_window)[
-        :, None
-    ]  # [B,1,T,end]
-    # The query heads of a group stand one after the other as further queries: expanding the keys as above would copy
-    # the whole cache for every token.
-    mask = mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)  # [B,1,(H/G)*T,end]
+    mask = attention_mask(positions, torch.arange(end, device=tokens.device), config.sliding_window)  # [B,T,end]
+    # The query heads of a group stand one after the other as further queries: expanding the keys would copy the whole
+    # cache for every token.
+    mask = mask[:, None].repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)  # [B,1,(H/G)*T,end]
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-
-    def attend_through(keys: Tensor, values: Tensor) -> Attend:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys[rows, :, positions] = k.transpose(1, 2)
-            values[rows, :, positions] = v.transpose(1, 2)
-            queries = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,G,(H/G)*T,h]
-            heads = F.scaled_dot_product_attention(queries, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
-            return heads.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
-
-        return attend
-
     x = embed(params, tokens)
     cos, sin = rotary_tables(config, positions, x.dtype)
     rotary = cos[:, None], sin[:, None]  # [B,1,T,h]
     for index, layer in enumerate(params.layers):
         linear = linear_with_adapters(layer, index, adapters, base_product)
-        x = block(config, layer, x, rotary, linear, attend_through(cache.keys[index], cache.values[index]))
+        attend = attend_with_cache(cache.keys[index], cache.values[index], rows, positions, mask)
+        x = block(config, layer, x, rotary, linear, attend)
     last = x[rows[:, 0], counts - 1]  # [B,D]
     return unembed(config, params, last), cache._replace(lengths=cache.lengths + counts)
+
+
+def attend_with_cache(keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor, mask: Tensor) -> Attend:
+    """Attention that first writes the new keys and values into a block's cache, at `positions` of `rows`."""
+    end = mask.shape[-1]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys[rows, :, positions] = k.transpose(1, 2)
+        values[rows, :, positions] = v.transpose(1, 2)
+        queries = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,G,(H/G)*T,h]
+        heads = F.scaled_dot_product_attention(queries, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
+        return heads.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+
+    return attend
 
 
 # --- drawing --------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 Every method has the signature (config, base, task, batch, generator) -> (gradient, metrics); its hyper-parameters are
 keyword arguments. A new method is a function and a line of METHODS, which says which of alpha, lam, beta, layers and
 norm it takes. All are given `scale`; all but the released ones also `remat` and, where they are to be compiled,
-`differentiate`. A hyper-parameter of another name also needs an
-argument of `bind` and an option of `lfu train`. Read next: `data/rows.py`; `baselines/`, an aside, is what LfU is
+`differentiate` (`train.SftOptions`). A hyper-parameter of another name also needs an argument of `bind` and an option
+of `lfu train`. Read next: `data/rows.py`; `baselines/`, an aside, is what LfU is
 compared with.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lfu.baselines.anchored import anchored, require_share
 from lfu.baselines.regularisers import (
@@ -34,25 +35,33 @@ from lfu.lora import Lora
 from lfu.loss import require_norm, resolve_layers
 from lfu.model import Config, Params
 from lfu.schedule import Settings
-from lfu.train import Metrics, compiled, differentiate, init_like, lfu_gradient, lfu_lora, lfu_reps, sft_gradient
+from lfu.train import (
+    LfuOptions,
+    Metrics,
+    SftOptions,
+    compiled,
+    differentiate,
+    init_like,
+    lfu_gradient,
+    lfu_lora,
+    lfu_reps,
+    sft_gradient,
+)
 
 
 def sft(
-    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **options: Unpack[SftOptions]
 ) -> tuple[Lora, Metrics]:
-    """Supervised fine-tuning, Eq. 1 alone. `how` are the keyword arguments of `sft_gradient`."""
-    return sft_gradient(config, base, task, batch, **how)
+    """Supervised fine-tuning, Eq. 1 alone."""
+    return sft_gradient(config, base, task, batch, **options)
 
 
 def logit_consistency(
-    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **options: Unpack[LfuOptions]
 ) -> tuple[Lora, Metrics]:
-    """Eq. 7 in place of Eq. 5: the undesirable step of `lfu_lora` must leave the logits what they were.
-
-    `how` are the keyword arguments of `lfu_gradient`.
-    """
+    """Eq. 7 in place of Eq. 5: the undesirable step of `lfu_lora` must leave the logits what they were."""
     compare = partial(logit_divergence, config, base)
-    return lfu_gradient(config, base, task, init_like(config, base, task, generator), batch, compare=compare, **how)
+    return lfu_gradient(config, base, task, init_like(config, base, task, generator), batch, compare=compare, **options)
 
 
 class Spec(NamedTuple):
@@ -126,20 +135,11 @@ class BoundMethod:
 
 
 def bind(
-    name: str,
-    config: Config,
-    *,
-    scale: float,
-    alpha: float | None = None,
-    lam: float | None = None,
-    beta: float | None = None,
-    layers: Collection[int] | None = None,
-    norm: str | None = None,
-    examples: Sequence[Example] = (),
-    settings: Settings | None = None,
-    remat: bool = False,
-    compile: bool = False,
-) -> tuple[BoundMethod, dict[str, Any]]:
+    name: str, config: Config, *, scale: float,
+    alpha: float | None = None, lam: float | None = None, beta: float | None = None,
+    layers: Collection[int] | None = None, norm: str | None = None,
+    examples: Sequence[Example] = (), settings: Settings | None = None, remat: bool = False, compile: bool = False,
+) -> tuple[BoundMethod, dict[str, Any]]:  # fmt: skip
     """The method of this name with its hyper-parameters bound, and what they were resolved to.
 
     What is None takes the published value. The released variants need to know the run: its `examples`, from which they
@@ -149,16 +149,25 @@ def bind(
     if name not in METHODS:
         raise InputError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
     spec = METHODS[name]
-    given = {"alpha": alpha, "lam": lam, "beta": beta, "layers": layers, "norm": norm}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    if surplus := [option_name(key) for key in chosen if key not in spec.published]:
-        raise InputError(f"The method {name} has no {' or '.join(surplus)}; choose another method, or leave it out.")
+    resolved = resolve(name, config, {"alpha": alpha, "lam": lam, "beta": beta, "layers": layers, "norm": norm})
     if remat and compile:
         raise InputError("remat and compile exclude each other: the compiler decides by itself what it keeps.")
     if (remat or compile) and spec.released:
         raise InputError(f"The method {name} has no remat and cannot be compiled.")
     if compile:
         require_compiler(name)
+    if spec.released:
+        run = run_context(name, examples, settings or Settings())
+    else:
+        run = {"remat": remat} | ({"differentiate": compiled()} if compile else {})
+    return BoundMethod(spec.gradient, {"scale": scale, **resolved}, run), resolved
+
+
+def resolve(name: str, config: Config, given: dict[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a method: what is given, and published values for what is None."""
+    spec, chosen = METHODS[name], {key: value for key, value in given.items() if value is not None}
+    if surplus := [option_name(key) for key in chosen if key not in spec.published]:
+        raise InputError(f"The method {name} has no {' or '.join(surplus)}; choose another method, or leave it out.")
     resolved = spec.published | chosen
     require_not_negative(**{key: resolved[key] for key in ("alpha", "lam", "beta") if key in resolved})
     if "norm" in resolved:
@@ -167,11 +176,7 @@ def bind(
         spec.check(**resolved)
     if "layers" in resolved:
         resolved["layers"] = resolve_layers(resolved["layers"], config.num_hidden_layers)
-    if spec.released:
-        run = run_context(name, examples, settings or Settings())
-    else:
-        run = {"remat": remat} | ({"differentiate": compiled()} if compile else {})
-    return BoundMethod(spec.gradient, {"scale": scale, **resolved}, run), resolved
+    return resolved
 
 
 def require_compiler(name: str) -> None:

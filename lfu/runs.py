@@ -1,170 +1,277 @@
-"""One run on disk: its log, its checkpoints, its moving average, and how it is resumed. It needs no command line.
+"""One run on disk: its log, its checkpoints, its moving average, Ctrl-C, and how it is resumed.
 
-A checkpoint is an adapter folder with the optimizer's moments beside it, written whole or not at all; so a run that is
-continued from it is the run that was never interrupted. Read next: `distributed.py`.
+The command line is not needed for it. In a notebook, with a `config` and a `base` from `lfu.load` and some `examples`:
+
+    method, _ = bind("lfu-lora", config, scale=2.0)
+    adapter = init(config, 8, generator=torch.Generator().manual_seed(42)), 2.0
+    train_run("runs/mine", config, base, adapter, examples, method, Settings(epochs=1))
+
+Interrupted, it goes on from its last checkpoint with `resume=True`. Read next: `cli/`.
 """
 
+import fcntl
 import json
-import re
-import shutil
+import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, distributed
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from lfu import lora
 from lfu.baselines.averages import ema
+from lfu.checkpoints import (
+    EMA,
+    Run,
+    checkpoint_folder,
+    deciding,
+    describe_changes,
+    restore,
+    save,
+    save_adapter,
+    sweep,
+)
+from lfu.data.batches import Example
+from lfu.distributed import rank_and_world_size
 from lfu.errors import InputError
-from lfu.io.files import new_folder, read_json, sha256, write_json, write_tensors, write_text
-from lfu.io.tensors import read_all_tensors
-from lfu.model import Config
+from lfu.io.files import new_folder, read_json, write_json, write_text
+from lfu.lora import Adapter, Lora
+from lfu.model import Config, Params
+from lfu.schedule import Settings, steps_per_epoch, total_steps
+from lfu.train import Method, StepMetrics, adamw, train
 
 
-def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """The optimizer's moments, the number of steps done, and checksums of every tensor file in the folder."""
-    moments = optimizer.state_dict()["state"]
-    write_tensors(
-        folder / "optimizer.safetensors",
-        {f"{index}.{name}": value for index, state in moments.items() for name, value in state.items()},
-    )
-    checksums = {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*.safetensors"))}
-    write_json(folder / "state.json", {"step": step, "sha256": checksums})
+def train_run(
+    out: str | Path, config: Config, base: Params, adapter: Adapter, examples: Sequence[Example], method: Method,
+    settings: Settings, *,
+    record: dict[str, Any] | None = None, save_every: int | None = None, keep: int = 1, decay: float | None = None,
+    resume: bool = False,
+) -> Path:  # fmt: skip
+    """Train `adapter`, in place, and keep the run in the folder `out`; returns OUT/adapter.
+
+    `record` is what settings.json and, with the adapter, lfu_config.json say: what decides the result. Every
+    `save_every` steps (None: an epoch) there is a checkpoint, of which the last `keep` stay. With a `decay`, OUT/ema is
+    the moving average of the adapter. Several processes share one run: the first alone writes. InputError if `out`
+    holds something else, if another process is writing into it, and as in `train`; KeyboardInterrupt after Ctrl-C, once
+    the step in hand is done and saved.
+    """
+    task, scale = adapter
+    if record is None:
+        rank = len(next(iter(task[0].values())).A)
+        record = {"rank": rank, "lora_alpha": scale * rank, **settings._asdict()}
+    alone, (number, processes) = nullcontext(), rank_and_world_size()
+    average = tree_map(Tensor.clone, task) if decay is not None and number == 0 else None
+    run = Run(
+        Path(out), record, adapter, adamw(task, settings), getattr(method, "state", {}), average, decay,
+        save_every or steps_per_epoch(len(examples), settings), keep,
+    )  # fmt: skip
+    with lock(run.out) if number == 0 else alone:
+        if number == 0:
+            open_folder(run.out, record, resume)
+        start_step = restore(run, config) if resume else 0
+        if processes > 1:
+            require_same_start(start_step, record)
+        steps = train(config, base, task, run.optimizer, examples, method, settings, start_step)
+        if number == 0:
+            log_and_save(run, steps, start_step, total_steps(len(examples), settings))
+        else:
+            deque(steps, maxlen=0)
+    return run.out / "adapter"
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Put the saved moments back into a fresh optimizer; returns the number of steps done."""
-    state = read_json(folder / "state.json")
-    if not isinstance(state.get("step"), int) or not isinstance(state.get("sha256"), dict):
-        raise InputError(f"{folder / 'state.json'} must name a step and the checksums of the tensor files.")
-    for name, checksum in state["sha256"].items():
-        if not (folder / name).is_file() or sha256(folder / name) != checksum:
-            raise InputError(
-                f"{folder / name} is damaged: its checksum is not the one in state.json. Remove {folder} to continue "
-                "from the checkpoint before it, or from the start."
-            )
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in read_all_tensors(folder / "optimizer.safetensors").items():
-        index, name = key.split(".")
-        moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-    return state["step"]
+def require_same_start(start_step: int, record: dict[str, Any]) -> None:
+    """InputError unless all processes start from the same step of the same run: their gradients are added up."""
+    own = start_step, deciding(record)
+    starts: list[Any] = [None] * rank_and_world_size()[1]
+    distributed.all_gather_object(starts, own)
+    if any(start != own for start in starts):
+        raise InputError(
+            f"The processes of this run start after the steps {[step for step, _ in starts]}, or with other settings: "
+            "give all of them the same options and data, and an --out that they share."
+        )
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = (path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+# --- its folder -----------------------------------------------------------------------------------
 
 
-def prune_checkpoints(run: Path, count: int) -> None:
-    """Remove all but the last `count` checkpoints, and what an interrupted write left behind."""
-    for old in [*checkpoints(run)[:-count], *(run / "checkpoints").glob("*.tmp")]:
-        shutil.rmtree(old)
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """One writer at a time: InputError where another process is writing into `out`. A dead process holds no lock."""
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(PermissionError):  # file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(
+            f"{out} is in use: process {holder(descriptor)} trains into it. Wait for its end, or choose another --out."
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
-def truncate_log(path: Path, step: int) -> None:
-    """Drop the log lines of steps after `step`: a resumed run will write them again."""
-    if path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+def holder(descriptor: int) -> str:
+    """The number of the process that holds the lock, where the system tells."""
+    inode = f":{os.fstat(descriptor).st_ino}"
+    with suppress(OSError, IndexError):
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if inode in line]
+        return locks[0][4]
+    return "unknown"
 
 
-@dataclass(frozen=True)
-class Run:
-    """Where a run is kept, and how often; what its method carries along, and the moving average, if there is one."""
-
-    out: Path
-    settings: dict[str, Any]
-    save_every: int
-    keep: int
-    state: dict[str, Tensor]
-    average: lora.Lora | None
+def open_folder(out: Path, record: dict[str, Any], resume: bool) -> None:
+    """Write settings.json into a folder where nothing else is, or, to resume, check that it holds this very run."""
+    check_folder(out, record, resume)
+    sweep(out)
+    if not resume:
+        write_json(out / "settings.json", record)
 
 
-METHOD_STATE = "method.safetensors"
+def check_folder(out: Path, record: dict[str, Any], resume: bool, assumed: dict[str, Any] | None = None) -> None:
+    """InputError unless the folder is empty, or, to resume, holds this very run.
+
+    What an interrupted write, a file browser or a file system leaves in a folder does not count. `assumed` is what held
+    where a run recorded nothing (None: what this one says).
+    """
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(map(is_content, out.iterdir()))):
+            raise InputError(f"{out} is not empty. Choose another --out, or continue the run in it with --resume.")
+        return
+    if not (out / "settings.json").is_file():
+        raise InputError(f"{out / 'settings.json'} does not exist: there is no run to continue. Leave out --resume.")
+    if (out / "checkpoints").is_symlink():
+        raise InputError(
+            f"{out / 'checkpoints'} is a link: a run that is resumed writes and removes in its own folder."
+        )
+    before = (record if assumed is None else assumed) | read_json(out / "settings.json")
+    if changed := describe_changes(before, deciding(record)):
+        raise InputError(f"{out} holds another run: {changed}. Give the same settings, or another --out.")
 
 
-EMA = "ema"
+def is_content(path: Path) -> bool:
+    return not (path.name.startswith(".") or path.name == "lost+found" or path.name.endswith(".tmp"))
 
 
-def log_and_save(
-    run: Run,
-    steps: Iterator[dict[str, float]],
-    task: lora.Lora,
-    optimizer: torch.optim.Optimizer,
-    start_step: int,
-    last: int,
-) -> None:
+# --- its log and its end --------------------------------------------------------------------------
+
+
+def log_and_save(run: Run, steps: Iterator[StepMetrics], start_step: int, last: int) -> None:
     """Take the steps one by one, logging and saving; Ctrl-C ends the run after the step it is in, resumable."""
-    log = run.out / "log.jsonl"
-    truncate_log(log, start_step)
-    with (
-        interruptible() as interrupted,
-        tqdm(total=last, initial=start_step, unit="step") as bar,
-        log.open("a") as file,
-    ):
+    path = run.out / "log.jsonl"
+    truncate_log(path, start_step)
+    bar = tqdm(total=last, initial=start_step, unit="step", file=Screen())
+    with interruptible() as interrupted, bar, path.open("a", encoding="utf-8") as log:
         clock = time.perf_counter()
-        for metrics in save_on_failure(run, steps, task, optimizer, start_step):
-            seconds = time.perf_counter() - clock
-            metrics |= {"seconds": round(seconds, 4), "tokens_per_second": round(metrics["tokens"] / seconds, 1)}
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-            bar.set_postfix_str(summary(metrics), refresh=False)
+        for metrics in save_on_failure(run, steps, start_step):
+            line = log_line(metrics, time.perf_counter() - clock)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.set_postfix_str(summary(line), refresh=False)
             bar.update()
-            done, stop = int(metrics["step"]), bool(interrupted)  # read once: no end without its checkpoint
-            if run.average is not None:
-                update_ema(run.average, task, run.settings["ema"])
-            if done % run.save_every == 0 or done == last or stop:
-                save(run, task, optimizer, done)
-            if stop and done < last:
-                raise KeyboardInterrupt(f"Stopped after step {done} of {last}; continue with --resume.")
+            if run.average is not None and run.decay is not None:
+                update_ema(run.average, run.adapter[0], run.decay)
+            stop = bool(interrupted)  # read once: no end without its checkpoint
+            if metrics.step % run.save_every == 0 or metrics.step == last or stop:
+                os.fsync(log.fileno())  # before the checkpoint that says these steps are done
+                save(run, metrics.step)
+            if stop and metrics.step < last:
+                raise KeyboardInterrupt(f"Stopped after step {metrics.step} of {last}; continue with --resume.")
             clock = time.perf_counter()
-    for name, tree in {"adapter": task, EMA: run.average}.items():
-        if tree is not None:
-            with new_folder(run.out / name) as folder:
-                save_adapter(folder, tree, run.settings)
+    save_adapters(run)
     print(f"Done: {run.out / 'adapter'}")
 
 
-def save_on_failure(
-    run: Run, steps: Iterator[dict[str, float]], task: lora.Lora, optimizer: torch.optim.Optimizer, done: int
-) -> Iterator[dict[str, float]]:
+def log_line(metrics: StepMetrics, seconds: float) -> dict[str, float]:
+    """What log.jsonl says of a step."""
+    counts = {"step": metrics.step, "epoch": metrics.epoch, "tokens": metrics.tokens}
+    update = {"gradient_norm": metrics.gradient_norm, "learning_rate": metrics.learning_rate}
+    speed = {"seconds": round(seconds, 4), "tokens_per_second": round(metrics.tokens / seconds, 1)}
+    return {**counts, **metrics.losses, **update, **speed}
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drop the log lines of steps after `step`, which a resumed run will write again, and what is no line of a step."""
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if step_of(line) <= step]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    if len(lines) < step:
+        print(f"{path} lacks {step - len(lines)} of the {step} steps before: it was damaged. The run is not.")
+
+
+def step_of(line: str) -> float:
+    """The step that a line of the log tells of; infinity if it tells of none."""
+    with suppress(ValueError, TypeError, LookupError, RecursionError):
+        step = json.loads(line)["step"]
+        return step if type(step) is int and step > 0 else math.inf
+    return math.inf
+
+
+def save_on_failure(run: Run, steps: Iterator[StepMetrics], done: int) -> Iterator[StepMetrics]:
     """The steps as they come. Where memory or a process fails the next one, a checkpoint of those before is left.
 
     Such a step ends before its update, so all is as the last one left it, but for what a method carries from one
     micro-batch to the next: a run with such a method keeps the checkpoint it has. So does one whose loss is not finite:
-    to be resumed from the step before would only meet the same loss.
+    to be resumed from the step before would only meet the same loss. If that was the first step, nothing is left.
     """
     try:
         for metrics in steps:
-            done = int(metrics["step"])
+            done = metrics.step
             yield metrics
+    except FloatingPointError:
+        if done == 0:
+            for name in ("settings.json", "log.jsonl"):
+                (run.out / name).unlink(missing_ok=True)
+        raise
     except (MemoryError, ConnectionError):
-        if done > 0 and not run.state and not checkpoint_folder(run, done).exists():
+        if done > 0 and not run.state and not checkpoint_folder(run.out, done).exists():
             try:
-                save(run, task, optimizer, done)
+                save(run, done)
             except OSError as error:
                 print(f"There is no checkpoint of step {done}: {error}", file=sys.stderr)
         raise
 
 
-def summary(metrics: dict[str, float]) -> str:
-    parts = [f"loss {metrics['sft']:.4f}"]
-    if "consistency" in metrics:
-        parts.append(f"consistency {metrics['consistency']:.3g}")
-    parts += [f"lr {metrics['learning_rate']:.2e}", f"{metrics['tokens_per_second']:.0f} tokens/s"]
+def save_adapters(run: Run) -> None:
+    """OUT/adapter and, where there is an average, OUT/ema."""
+    trees = {"adapter": run.adapter[0]} | ({EMA: run.average} if run.average is not None else {})
+    for name, tree in trees.items():
+        with new_folder(run.out / name) as folder:
+            save_adapter(folder, (tree, run.adapter[1]), run.record)
+
+
+def summary(line: dict[str, float]) -> str:
+    parts = [f"loss {line['sft']:.4f}"]
+    if "consistency" in line:
+        parts.append(f"consistency {line['consistency']:.3g}")
+    parts += [f"lr {line['learning_rate']:.2e}", f"{line['tokens_per_second']:.0f} tokens/s"]
     if torch.cuda.is_initialized():  # the run is on a GPU
         parts.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     return ", ".join(parts)
+
+
+class Screen:
+    """Standard error, for the progress bar: a run does not end because nobody can read it."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 @contextmanager
@@ -176,9 +283,10 @@ def interruptible() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt("Stopped in the middle of a step; continue from the last checkpoint with --resume.")
         received.append(number)
-        print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr)
+        with suppress(OSError, ValueError, RuntimeError):  # as when the signal came in the middle of writing there
+            print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield received
     finally:
@@ -186,52 +294,7 @@ def interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def update_ema(average: lora.Lora, task: lora.Lora, decay: float) -> None:
+def update_ema(average: Lora, task: Lora, decay: float) -> None:
     """One step of the moving average, in place."""
     for tensor, value in zip(tree_leaves(average), tree_leaves(ema(average, task, decay)), strict=True):
-        tensor.copy_(value)
-
-
-def save(run: Run, task: lora.Lora, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """A complete checkpoint, itself an adapter folder; then the oldest are removed."""
-    with new_folder(checkpoint_folder(run, step)) as folder:
-        save_adapter(folder, task, run.settings)
-        if run.average is not None:
-            (folder / EMA).mkdir()
-            save_adapter(folder / EMA, run.average, run.settings)
-        if run.state:
-            write_tensors(folder / METHOD_STATE, run.state)
-        save_optimizer(folder, optimizer, step)
-    prune_checkpoints(run.out, run.keep)
-
-
-def checkpoint_folder(run: Run, step: int) -> Path:
-    return run.out / "checkpoints" / f"step-{step}"
-
-
-def save_adapter(folder: Path, task: lora.Lora, settings: dict[str, Any]) -> None:
-    """PEFT's two files, and lfu_config.json: the format to prompt with, and how the adapter came to be."""
-    lora.save(folder, (task, settings["lora_alpha"] / settings["rank"]), base=settings["model"])
-    write_json(folder / "lfu_config.json", settings)
-
-
-def restore(run: Run, config: Config, task: lora.Lora, optimizer: torch.optim.Optimizer) -> int:
-    """Copy the last checkpoint, if there is one, into all that the run moves; returns the steps done."""
-    if not (saved := checkpoints(run.out)):
-        return 0
-    folder = saved[-1]
-    step = load_optimizer(folder, optimizer)
-    if (folder / METHOD_STATE).is_file():
-        run.state.update(read_all_tensors(folder / METHOD_STATE, tree_leaves(task)[0].device))
-    copy_adapter(folder, config, task)
-    if run.average is not None:
-        copy_adapter(folder / EMA, config, run.average)
-    print(f"Resuming after step {step}.")
-    return step
-
-
-def copy_adapter(folder: Path, config: Config, task: lora.Lora) -> None:
-    """Copy a saved adapter into `task`."""
-    saved, _ = lora.load(folder, config, dtype=tree_leaves(task)[0].dtype)
-    for tensor, value in zip(tree_leaves(task), tree_leaves(saved), strict=True):
         tensor.copy_(value)

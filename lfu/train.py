@@ -13,12 +13,13 @@ Read next: `methods.py`; `remat.py` is for when a step does not fit.
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp
 from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import NotRequired, Unpack  # which torch brings; in typing from Python 3.11
 
 from lfu import lora, steering
 from lfu.data.batches import Batch, Example, collate, split_by_length
@@ -52,6 +53,24 @@ Objective = Callable[..., tuple[Tensor, Any]]
 """Trees of tensors -> (value, what else is of interest)."""
 Differentiate = Callable[..., tuple[tuple[Any, ...], Tensor, Any]]
 """(objective, *arguments) -> (a gradient for each argument, the value, what else the objective returned, constant)."""
+
+
+class SftOptions(TypedDict):
+    """The keyword arguments of `sft_gradient`."""
+
+    scale: float
+    remat: NotRequired[bool]
+    differentiate: NotRequired[Differentiate]
+
+
+class LfuOptions(SftOptions):
+    """The keyword arguments of `lfu_gradient`, but for `compare`."""
+
+    alpha: float
+    lam: float
+    layers: NotRequired[Collection[int] | None]
+    norm: NotRequired[str]
+
 
 # --- the gradients of one batch -------------------------------------------------------------------
 
@@ -98,29 +117,15 @@ def sft_gradient(
 
 
 def lfu_gradient(
-    config: Config,
-    base: Params,
-    task: Lora,
-    aux: Aux,
-    batch: Batch,
-    *,
-    scale: float,
-    alpha: float,
-    lam: float,
-    layers: Collection[int] | None = None,
-    norm: str = "mean",
-    compare: Callable[..., Tensor] = consistency_loss,
-    remat: bool = False,
-    differentiate: Differentiate = differentiate,
-) -> tuple[Lora, Metrics]:
+    config: Config, base: Params, task: Lora, aux: Aux, batch: Batch, *,
+    scale: float, alpha: float, lam: float, layers: Collection[int] | None = None, norm: str = "mean",
+    remat: bool = False, compare: Callable[..., Tensor] = consistency_loss, differentiate: Differentiate = differentiate
+) -> tuple[Lora, Metrics]:  # fmt: skip
     """Gradient of the LfU loss (Eq. 6) with respect to the task LoRA, first order as published.
 
-    Returns a tree like `task`, and the metrics "sft", "consistency" and "ascent_norm" (‖g‖₂ before the step). `alpha`
-    is the length of the ascent step, `lam` the weight of the consistency loss; `layers` and `norm` as in
-    `consistency_loss`, for which `compare` may be another function. `remat` saves memory and costs time, and changes
-    no bit; `differentiate` may be `compiled()`.
-    InputError, a ValueError, if `aux` is not a no-op, because θ and θ_aux are then no longer the same point; if α or λ
-    is negative or infinite; and as in `consistency_loss` and `sft_loss`.
+    Returns a tree like `task`, and "sft", "consistency" and "ascent_norm" (‖g‖₂ before the step). `lam` weighs what
+    `compare` makes of `layers` and `norm`; `remat` takes time for memory and changes no bit; `differentiate` may be
+    `compiled()`. InputError if `aux` is not a no-op, if α or λ is negative or infinite, and as in `consistency_loss`.
     """
     require_no_op(aux)
     require_not_negative(alpha=alpha, lam=lam)
@@ -128,48 +133,46 @@ def lfu_gradient(
     x, mask, answers = embed(base, batch.tokens), answer_mask(batch.labels), answer_labels(batch.labels)
     positions = mask.nonzero(as_tuple=True)
 
-    def with_aux(task: Lora, aux: Aux) -> tuple[list[Adapter], Steering | None]:
-        if isinstance(aux, Tensor):
-            return [(task, scale)], Steering(aux, mask)
-        return [stack((task, scale), (aux, scale))], None
-
     def objective(task: Lora, aux: Aux) -> tuple[Tensor, Any]:  # Eq. 1, at θ and θ_aux at once
         record: Record = {}
-        hidden = run_trunk(config, base, x, *with_aux(task, aux), base_product if remat else recording(record))
+        product = base_product if remat else recording(record)
+        hidden = run_trunk(config, base, x, *with_aux(task, aux, scale, mask), product)
         logits = unembed(config, base, hidden[-1][positions])  # [n,V]
         return answer_loss(logits, answers), (hidden, record)
 
     def consistency(task: Lora) -> tuple[Tensor, Any]:  # Eqs. 3-5; called below, once all that it uses is there
-        perturbed = run_trunk(config, base, x, *with_aux(task, undesirable), exact_product)
+        perturbed = run_trunk(config, base, x, *with_aux(task, undesirable, scale, mask), exact_product)
         return compare(hidden, perturbed, mask, layers=layers, norm=norm), ()
 
     (g_task, g_aux), sft, (hidden, record) = differentiate(objective, task, aux)
     undesirable: Aux = ascend(aux, g_aux, alpha)  # Eq. 2
-    exact_product = relative_to_states(config, base, x, hidden, *with_aux(task, aux)) if remat else relative_to(record)
+    start = with_aux(task, aux, scale, mask)
+    exact_product = relative_to_states(config, base, x, hidden, *start) if remat else relative_to(record)
     (g_cons,), cons, _ = differentiate(consistency, task)
     gradient = tree_map(lambda g, c: g + lam * c, g_task, g_cons)  # Eq. 6
     return gradient, {"sft": sft, "consistency": cons, "ascent_norm": global_norm(g_aux)}
 
 
-def lfu_lora(
-    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
-) -> tuple[Lora, Metrics]:
-    """Algorithm 1: the undesirable step moves a fresh LoRA of the same rank, scale and targets as the task's.
+def with_aux(task: Lora, aux: Aux, scale: float, mask: Tensor) -> tuple[list[Adapter], Steering | None]:
+    """θ_aux as the decoder takes it: the task LoRA with another one stacked on it, or beside steering vectors."""
+    if isinstance(aux, Tensor):
+        return [(task, scale)], Steering(aux, mask)
+    return [stack((task, scale), (aux, scale))], None
 
-    `how` are the keyword arguments of `lfu_gradient`.
-    """
-    return lfu_gradient(config, base, task, init_like(config, base, task, generator), batch, **how)
+
+def lfu_lora(
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **options: Unpack[LfuOptions]
+) -> tuple[Lora, Metrics]:
+    """Algorithm 1: the undesirable step moves a fresh LoRA of the same rank, scale and targets as the task's."""
+    return lfu_gradient(config, base, task, init_like(config, base, task, generator), batch, **options)
 
 
 def lfu_reps(
-    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **how: Any
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, **options: Unpack[LfuOptions]
 ) -> tuple[Lora, Metrics]:
-    """Algorithm 2: the undesirable step moves one steering vector per block, at the answer's positions.
-
-    `how` are the keyword arguments of `lfu_gradient`.
-    """
+    """Algorithm 2: the undesirable step moves one steering vector per block, at the answer's positions."""
     aux = steering.zeros(config, device=batch.tokens.device, dtype=stream_dtype(base))
-    return lfu_gradient(config, base, task, aux, batch, **how)
+    return lfu_gradient(config, base, task, aux, batch, **options)
 
 
 def init_like(config: Config, base: Params, task: Lora, generator: torch.Generator) -> Lora:
@@ -219,6 +222,17 @@ def require_no_op(aux: Aux) -> None:
 # --- the loop -------------------------------------------------------------------------------------
 
 
+class StepMetrics(NamedTuple):
+    """What one optimizer step reports."""
+
+    step: int  # from 1
+    epoch: int  # from 1
+    tokens: int  # prompts included
+    losses: dict[str, float]  # of the method: sft, in nats per token; for LfU also consistency and ascent_norm
+    gradient_norm: float  # before clipping
+    learning_rate: float
+
+
 def train(
     config: Config,
     base: Params,
@@ -228,11 +242,8 @@ def train(
     method: Method,
     settings: Settings,
     start_step: int = 0,
-) -> Iterator[dict[str, float]]:
+) -> Iterator[StepMetrics]:
     """Algorithms 1 and 2, from step `start_step` to the last: after each optimizer step, yields that step's metrics.
-
-    These are step and epoch (from 1), tokens (prompts included), sft (nats per token), gradient_norm (before clipping),
-    learning_rate, and what else the method reports: for LfU, consistency and ascent_norm.
 
     `optimizer` holds the tensors of `task` (see `adamw`) and updates them in place. Everything drawn at random is a
     function of (seed, epoch) or (seed, step, micro-batch), so a run that continues from a saved task and optimizer is
@@ -250,8 +261,7 @@ def train(
         gradient, metrics = step_gradient(config, base, task, chosen, method, settings, step)
         norm, rate = float(global_norm(gradient)), learning_rate(step, steps, settings)
         apply(optimizer, task, clip(gradient, norm, settings.max_grad_norm), rate)
-        done = {"step": step + 1, "epoch": epoch + 1, "tokens": sum(len(example.tokens) for example in chosen)}
-        yield {**done, **metrics, "gradient_norm": norm, "learning_rate": rate}
+        yield StepMetrics(step + 1, epoch + 1, sum(len(example.tokens) for example in chosen), metrics, norm, rate)
 
 
 def step_gradient(

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lfu import lora
+from lfu.checkpoints import checkpoints
 from lfu.io.files import sha256
 from lfu.model import load
-from lfu.runs import checkpoints
 
 ROUNDED = 1e-6
 """Averages of float32 numbers of at most 1 in another order. Measured: 6e-8."""

@@ -28,9 +28,11 @@ from safetensors.torch import load_file, save_file
 from tiny import LENGTH, random_lora, random_tokens, tiny_config
 from torch import Tensor
 
-from lfu import __version__, cli, lora, methods, runs
+from lfu import __version__, cli, lora, methods
+from lfu import checkpoints as saving
 from lfu import generate as generating
 from lfu.baselines.sdft import rewrite_answers
+from lfu.checkpoints import checkpoints, prune_checkpoints
 from lfu.cli import DistillOptions, EvalOptions, GenerateOptions, MergeOptions, TrainOptions, main, parser
 from lfu.cli.main import COMMANDS
 from lfu.data.rows import read_rows
@@ -43,7 +45,6 @@ from lfu.io.config import read_config
 from lfu.io.huggingface import fingerprint
 from lfu.model import forward, load
 from lfu.profiling.memory import peak
-from lfu.runs import checkpoints, prune_checkpoints
 from lfu.schedule import Settings
 from lfu.train import sft_gradient
 
@@ -883,7 +884,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     def refuse(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(runs, "prune_checkpoints", after_the_first)
+    monkeypatch.setattr(saving, "prune_checkpoints", after_the_first)
     with ExitStack() as limit:
         status = lfu("train", out=out, **options)
     assert status == 2

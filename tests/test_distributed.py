@@ -14,7 +14,7 @@ from commands import MINI, environment, read_lines, uneven_sums, write_rows
 from compare import distance
 from safetensors.torch import load_file
 
-from lfu.runs import checkpoints
+from lfu.checkpoints import checkpoints
 
 COMMON: dict[str, Any] = {
     "model": MINI, "dtype": "float64", "template": "plain", "rank": 2, "learning_rate": 0.01, "batch_size": 6,

@@ -20,7 +20,7 @@ import torch
 from commands import MINI, environment, read_lines, refusal, uneven_sums, write_rows
 
 from lfu import cli, methods
-from lfu.runs import checkpoints
+from lfu.checkpoints import checkpoints
 
 METHODS = ("sft", "lfu-lora", "lfu-reps", "released-lora", "released-reps", "neftune")
 """SFT, each auxiliary, and those that draw or carry along something else."""
@@ -296,7 +296,7 @@ def test_a_killed_run_continues_bit_for_bit(data: Path, long_run: Path, tmp_path
     assert_same(out, long_run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_asked_to_stop_continues_bit_for_bit(number: int, data: Path, long_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     status, words = stopped_by(number, out, data, step=3)
@@ -313,7 +313,7 @@ def test_a_second_ctrl_c_stops_at_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with monkeypatch.context() as patch:
         interrupt(patch, "sft", 7)
         interrupt(patch, "sft", 7)
@@ -321,7 +321,7 @@ def test_a_second_ctrl_c_stops_at_once(
     assert "lfu: Stopped in the middle of a step; continue from the last checkpoint" in capsys.readouterr().err
     assert [path.name for path in checkpoints(out)] == ["step-2"]
     assert len(log(out)) == 3
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
 def test_ctrl_c_in_the_last_step_loses_nothing(

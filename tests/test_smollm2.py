@@ -11,11 +11,11 @@ from commands import MINI, sums, uneven_sums, write_rows
 from experiments import smollm2
 from experiments.smollm2 import Paths, load_world, run_all, table
 from lfu import model
+from lfu.checkpoints import checkpoints
 from lfu.data.tokens import Format, encode_row
 from lfu.errors import InputError
 from lfu.io.files import read_json, write_json
 from lfu.lora import load as load_adapter
-from lfu.runs import checkpoints
 
 SMALL: dict[str, Any] = {
     "TEST_ROWS": 4,

@@ -25,11 +25,11 @@ from lfu.lora import Lora
 from lfu.methods import METHODS, bind
 from lfu.model import Config, Params
 from lfu.schedule import Settings, generator_for, learning_rate, total_steps, validate_settings
-from lfu.train import Method, Metrics, adamw, clip, global_norm, lfu_gradient, sft_gradient, train
+from lfu.train import Method, Metrics, StepMetrics, adamw, clip, global_norm, lfu_gradient, sft_gradient, train
 
 CONFIG = tiny_config("qwen3_untied")
 GSM8K_ROWS = 7473
-Log = list[dict[str, float]]
+Log = list[StepMetrics]
 UNCLIPPED = Settings(max_grad_norm=math.inf)
 
 EXACT = 1e-13
@@ -140,9 +140,9 @@ def test_the_first_update_leaves_the_weights_unchanged_and_the_second_does_not()
     start = flat(task).clone()
     optimizer = adamw(task, Settings())
     run = train(CONFIG, base(), task, optimizer, rows(40), noise, Settings())
-    assert next(run)["learning_rate"] == 0.0
+    assert next(run).learning_rate == 0.0
     assert torch.equal(flat(task), start)
-    assert next(run)["learning_rate"] > 0.0
+    assert next(run).learning_rate > 0.0
     assert (flat(task) != start).all()
 
 
@@ -173,10 +173,10 @@ def test_every_epoch_takes_every_row_once_and_keeps_the_last_partial_step() -> N
     taken, log = rows_taken()
     assert every_row_once_an_epoch()
     assert the_order_is_another_each_epoch()
-    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
-    assert [entry["epoch"] for entry in log] == [1, 1, 1, 2, 2, 2]
+    assert [entry.step for entry in log] == [1, 2, 3, 4, 5, 6]
+    assert [entry.epoch for entry in log] == [1, 1, 1, 2, 2, 2]
     lengths = {example.line_number: len(example.tokens) for example in rows(10)}
-    assert log[2]["tokens"] == sum(lengths[row] for row in taken[8:10])
+    assert log[2].tokens == sum(lengths[row] for row in taken[8:10])
 
 
 # --- accumulation ---------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ def accumulation_error(size: int) -> float:
     (gradient,), (entry,) = gradients_of(method, UNCLIPPED._replace(micro_batch_size=size), examples, steps=1)
     return max(
         distance(gradient, whole),
-        relative(entry["sft"], float(metrics["sft"])),
-        relative(entry["gradient_norm"], float(global_norm(whole))),
+        relative(entry.losses["sft"], float(metrics["sft"])),
+        relative(entry.gradient_norm, float(global_norm(whole))),
     )
 
 
@@ -221,7 +221,7 @@ def weighted_sum_error(name: str) -> float:
         share = sum(example.num_loss_tokens for example in part) / total
         expected += share * flat(g)
         consistency += share * float(metrics["consistency"])
-    return max(distance(gradient, expected), relative(entry["consistency"], consistency))
+    return max(distance(gradient, expected), relative(entry.losses["consistency"], consistency))
 
 
 @pytest.mark.parametrize("name", ["lfu-lora", "lfu-reps"])
@@ -249,7 +249,7 @@ def clipping_error() -> float:
     (whole,), (entry,) = gradients_of(method, UNCLIPPED, examples, steps=1)
     (clipped,), (clipped_entry,) = gradients_of(method, Settings(max_grad_norm=0.5), examples, steps=1)
     length = float(whole.norm())
-    reported = [relative(log["gradient_norm"], length) for log in (entry, clipped_entry)]
+    reported = [relative(log.gradient_norm, length) for log in (entry, clipped_entry)]
     return max(distance(clipped, whole * 0.5 / length), *reported)
 
 
@@ -282,7 +282,7 @@ def adamw_error(weight_decay: float) -> float:
     optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([t.grad.flatten() for t in tree_leaves(task)])))
     m, v, errors = torch.zeros_like(w), torch.zeros_like(w), []
     for t, entry in enumerate(train(CONFIG, base(), task, optimizer, rows(8), noise, settings), 1):
-        g, rate = seen[-1], entry["learning_rate"]
+        g, rate = seen[-1], entry.learning_rate
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         w = w - rate * weight_decay * w - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
         errors.append(distance(task, w))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lfu.baselines.regularisers import loss_gradient
 from lfu.data.batches import Batch
@@ -28,21 +29,21 @@ from lfu.errors import InputError
 from lfu.lora import Lora
 from lfu.loss import answer_mask
 from lfu.model import Config, Params, embed, trunk, unembed
-from lfu.train import Metrics
+from lfu.train import Metrics, SftOptions
 
 
 def anchored(
     config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *,
-    beta: float, lam: float, **how: Any,
+    beta: float, lam: float, **options: Unpack[SftOptions],
 ) -> tuple[Lora, Metrics]:  # fmt: skip
-    """SFT plus λ·KL(anchor ‖ p_θ). `how`: `scale`, `remat` and `differentiate`, as in `sft_gradient`."""
+    """SFT plus λ·KL(anchor ‖ p_θ)."""
     reference = reference_probabilities(config, base, batch)
 
     def loss(hidden: list[Tensor], logits: Tensor, sft: Tensor) -> tuple[Tensor, Metrics]:
         drift = anchor_divergence(logits, reference, beta)
         return sft + lam * drift, {"divergence": drift}
 
-    return loss_gradient(config, base, task, batch, loss, **how)
+    return loss_gradient(config, base, task, batch, loss, **options)
 
 
 def require_share(beta: float, **_: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lfu.data.batches import IGNORED, Batch
 from lfu.errors import InputError
@@ -27,7 +28,7 @@ from lfu.lora import Lora
 from lfu.loss import answer_labels, answer_loss, answer_mask
 from lfu.model import Config, Params, embed, frozen_linear, rms_norm, stream_dtype, trunk, unembed
 from lfu.remat import rematerialised
-from lfu.train import Differentiate, Metrics, ascend, differentiate, global_norm, sft_gradient
+from lfu.train import Differentiate, Metrics, SftOptions, ascend, differentiate, global_norm, sft_gradient
 
 Loss = Callable[[list[Tensor], Tensor, Tensor], tuple[Tensor, Metrics]]
 """(hidden, K x [B,T,D]; logits [n,V] that predict the n labelled tokens; their SFT loss) -> the loss, and metrics."""
@@ -65,18 +66,19 @@ def loss_gradient(
 
 
 def neftune(
-    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *, alpha: float, **how: Any
-) -> tuple[Lora, Metrics]:
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *,
+    alpha: float, **options: Unpack[SftOptions],
+) -> tuple[Lora, Metrics]:  # fmt: skip
     """The SFT gradient with noise on the embeddings, drawn anew for every micro-batch and constant.
 
-    The reported loss is the noisy one. `how`: `scale`, `remat` and `differentiate`, as in `sft_gradient`.
+    The reported loss is the noisy one.
     """
     noise = uniform_noise(batch, config.hidden_size, alpha, generator).to(stream_dtype(base))
 
     def loss(hidden: list[Tensor], logits: Tensor, sft: Tensor) -> tuple[Tensor, Metrics]:
         return sft, {}
 
-    return loss_gradient(config, base, task, batch, loss, noise=noise, **how)
+    return loss_gradient(config, base, task, batch, loss, noise=noise, **options)
 
 
 def uniform_noise(batch: Batch, width: int, alpha: float, generator: torch.Generator) -> Tensor:  # -> [B,T,D] float32
@@ -101,16 +103,16 @@ def lengths(labels: Tensor) -> Tensor:  # [B,T] -> [B]
 
 def gem(
     config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *,
-    beta: float, weight: str, **how: Any,
+    beta: float, weight: str, **options: Unpack[SftOptions],
 ) -> tuple[Lora, Metrics]:  # fmt: skip
-    """The gradient of `gem_loss`. `how`: `scale`, `remat` and `differentiate`, as in `sft_gradient`."""
+    """The gradient of `gem_loss`."""
     answers = answer_labels(batch.labels)
 
     def loss(hidden: list[Tensor], logits: Tensor, sft: Tensor) -> tuple[Tensor, Metrics]:
         value = gem_loss(logits, answers, beta=beta, weight=weight)
         return value, {"gem": value}
 
-    return loss_gradient(config, base, task, batch, loss, **how)
+    return loss_gradient(config, base, task, batch, loss, **options)
 
 
 def require_temperature(beta: float, **_: Any) -> None:
@@ -138,15 +140,16 @@ def gem_loss(logits: Tensor, answers: Tensor, *, beta: float, weight: str) -> Te
 
 
 def sam(
-    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *, alpha: float, **how: Any
-) -> tuple[Lora, Metrics]:
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *,
+    alpha: float, **options: Unpack[SftOptions],
+) -> tuple[Lora, Metrics]:  # fmt: skip
     """Table 6 b: the gradient of the SFT loss at θ + α·g/‖g‖₂, where g is its gradient at θ, on the same micro-batch.
 
     θ is the task LoRA and ‖g‖₂ its norm as a whole, without SAM's ε; g is a constant, as in first-order SAM. The
-    reported loss is that at θ. `how`: the keyword arguments of `sft_gradient`.
+    reported loss is that at θ.
     """
-    ascent, metrics = sft_gradient(config, base, task, batch, **how)
-    gradient, _ = sft_gradient(config, base, ascend(task, ascent, alpha), batch, **how)
+    ascent, metrics = sft_gradient(config, base, task, batch, **options)
+    gradient, _ = sft_gradient(config, base, ascend(task, ascent, alpha), batch, **options)
     return gradient, metrics | {"ascent_norm": global_norm(ascent)}
 
 
@@ -155,19 +158,16 @@ def sam(
 
 def feature_regulariser(
     config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *,
-    order: int, lam: float, norm: str, **how: Any,
+    order: int, lam: float, norm: str, **options: Unpack[SftOptions],
 ) -> tuple[Lora, Metrics]:  # fmt: skip
-    """Table 6 c and d: SFT plus λ times the size of the representations (`feature_penalty`).
-
-    `how`: `scale`, `remat` and `differentiate`, as in `sft_gradient`.
-    """
+    """Table 6 c and d: SFT plus λ times the size of the representations (`feature_penalty`)."""
     mask = answer_mask(batch.labels)
 
     def loss(hidden: list[Tensor], logits: Tensor, sft: Tensor) -> tuple[Tensor, Metrics]:
         penalty = feature_penalty(hidden, mask, order=order, norm=norm)
         return sft + lam * penalty, {"penalty": penalty}
 
-    return loss_gradient(config, base, task, batch, loss, **how)
+    return loss_gradient(config, base, task, batch, loss, **options)
 
 
 def feature_penalty(hidden: list[Tensor], mask: Tensor, *, order: int, norm: str) -> Tensor:  # K x [B,T,D] -> []

@@ -82,20 +82,10 @@ def released_lora(
 
 
 def released_reps(
-    config: Config,
-    base: Params,
-    task: Lora,
-    batch: Batch,
-    generator: torch.Generator,
-    *,
-    examples: Sequence[Example],
-    scale: float,
-    alpha: float,
-    lam: float,
-    learning_rate: float,
-    micro_batches: int,
+    config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *,
+    examples: Sequence[Example], scale: float, alpha: float, lam: float, learning_rate: float, micro_batches: int,
     state: State,
-) -> tuple[Lora, Metrics]:
+) -> tuple[Lora, Metrics]:  # fmt: skip
     """The released LfU (RepS): the model's states on `batch` are pulled to the steered states on a second batch.
 
     Returns what `lfu_gradient` returns. `state` is filled at the first call and updated in place: the vectors take one

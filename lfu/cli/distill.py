@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lfu.baselines.sdft import RECIPES, Answer, rewrite_answers
+from lfu.checkpoints import describe_changes
 from lfu.cli.options import (
     InferenceOptions,
     ModelOptions,
@@ -18,7 +19,6 @@ from lfu.cli.options import (
     check_writable,
     choose_device,
     choose_dtype,
-    describe_changes,
     load_model,
     load_prompt_setup,
     option,
@@ -96,11 +96,21 @@ def run_settings(options: DistillOptions, folder: Path) -> dict[str, Any]:
     return asdict(options) | found
 
 
+DECIDING = ("model_fingerprint", "recipe", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype")
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file holds the options of such a run."""
+    try:
+        return set(DECIDING) <= set(read_json(path))
+    except InputError:
+        return False
+
+
 def require_same(record: Path, settings: dict[str, Any]) -> None:
     """InputError where something that decides an answer differs from what is recorded."""
     before = read_json(record)
-    deciding = ("model_fingerprint", "recipe", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype")
-    if changed := describe_changes(deciding, before, settings):
+    if changed := describe_changes(before, {name: settings[name] for name in DECIDING}):
         raise InputError(f"{record}: {changed}. Give the same options, or another --out.")
 
 
@@ -132,12 +142,15 @@ def read_previous_answers(out: Path, record: Path, options: DistillOptions, rows
 
     InputError if OUT or its record exists and is not to be continued, or OUT holds other rows.
     """
+    begun = is_record(record)
     if not options.resume:
         if out.exists():
             raise InputError(f"{out} exists already; answers are never overwritten. Choose another --out, or --resume.")
-        if record.exists():
+        if record.exists() and not begun:
             raise InputError(f"{record} exists already: the options go there. Choose another --out, or remove it.")
         check_writable(out)
+        return []
+    if begun and not out.exists():  # stopped before its first answer
         return []
     if not out.is_file():
         raise InputError(f"{out} does not exist: there is nothing to continue. Leave out --resume.")

@@ -6,7 +6,6 @@ line (`main.py`). Read next: `train.py`.
 
 import argparse
 import os
-from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,25 +56,6 @@ def check_writable(out: str | Path) -> None:
     first = next(path for path in (place, *place.parents) if path.exists())
     if not first.is_dir() or not os.access(first, os.W_OK | os.X_OK):
         raise InputError(f"{out} cannot be written: {first} is not a folder that may be written in.")
-
-
-IDENTITIES = {
-    "model_fingerprint": "the model files differ",
-    "data_sha256": "the data file differs",
-    "adapter_sha256": "the adapter to continue from differs",
-}
-"""What is compared by checksum, which says nothing to a reader."""
-
-
-def describe_changes(names: Iterable[str], before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In words, which of these settings are no longer what they were; empty if all are."""
-
-    def difference(name: str) -> str:
-        if name not in before:
-            return f"its {option_name(name)} was not recorded"
-        return IDENTITIES.get(name) or f"{option_name(name)} was {before[name]!r} and is {now[name]!r}"
-
-    return "; ".join(difference(name) for name in names if before.get(name) != now[name])
 
 
 # --- what several verbs read ----------------------------------------------------------------------

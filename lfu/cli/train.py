@@ -6,7 +6,6 @@ next: `evaluate.py`.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lfu import __version__, lora, methods, model
-from lfu import train as training
 from lfu.cli.options import (
     ModelOptions,
     RowsOptions,
@@ -27,7 +25,6 @@ from lfu.cli.options import (
     check_writable,
     choose_device,
     choose_dtype,
-    describe_changes,
     format_flags,
     option,
     require_counts,
@@ -38,22 +35,22 @@ from lfu.data.tokens import LOSS_ON, TEMPLATES, Format, encode_rows, load_tokeni
 from lfu.distributed import process_group, rank_and_world_size
 from lfu.errors import InputError
 from lfu.io.config import Config, read_config
-from lfu.io.files import read_json, sha256, write_json
+from lfu.io.files import sha256
 from lfu.io.huggingface import fingerprint, resolve_model
 from lfu.loss import NORMS
 from lfu.profiling.memory import expected_peak
-from lfu.runs import (
-    Run,
-    log_and_save,
-    restore,
-)
-from lfu.schedule import Settings, steps_per_epoch, total_steps, validate_settings
+from lfu.runs import check_folder, train_run
+from lfu.schedule import Settings, total_steps, validate_settings
 
 
 def published(name: str) -> str:
     """The default of a hyper-parameter, method by method."""
     defaults = {method: spec.published[name] for method, spec in methods.METHODS.items() if name in spec.published}
     return ", ".join(f"{value:g} of {method}" for method, value in defaults.items())
+
+
+SCHEDULE = Settings()
+"""The published schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +72,18 @@ class TrainOptions(RowsOptions, ModelOptions):
     lora_alpha: float = option("scale of the LoRA times its rank", 16.0)
     adapter: str | None = option("adapter folder to continue from, with a new optimizer (default: a fresh LoRA)", None)
     ema: float | None = option("also write OUT/ema, the moving average of the adapter with this decay β", None)
-    epochs: int = option("passes over the data", 3)
-    batch_size: int = option("rows per optimizer step", 16)
-    micro_batch_size: int = option("rows per gradient; a setting of LfU, which ascends once per micro-batch", 4)
-    learning_rate: float = option("peak learning rate", 1e-4)
-    warmup: float = option("share of the steps, rounded up, in which the learning rate rises from 0 in the first", 0.1)
-    weight_decay: float = option("weight decay of AdamW", 0.0)
-    max_grad_norm: float = option("the gradient of a step is scaled down to this norm", 1.0)
-    seed: int = option("seed of initialisation and order", 42)
+    epochs: int = option("passes over the data", SCHEDULE.epochs)
+    batch_size: int = option("rows per optimizer step", SCHEDULE.batch_size)
+    micro_batch_size: int = option(
+        "rows per gradient; a setting of LfU, which ascends once per micro-batch", SCHEDULE.micro_batch_size
+    )
+    learning_rate: float = option("peak learning rate", SCHEDULE.learning_rate)
+    warmup: float = option(
+        "share of the steps, rounded up, in which the learning rate rises from 0 in the first", SCHEDULE.warmup
+    )
+    weight_decay: float = option("weight decay of AdamW", SCHEDULE.weight_decay)
+    max_grad_norm: float = option("the gradient of a step is scaled down to this norm", SCHEDULE.max_grad_norm)
+    seed: int = option("seed of initialisation and order", SCHEDULE.seed)
     template: str = option("how a question becomes a prompt", "alpaca", choices=list(TEMPLATES))
     bos: bool = option("put the BOS token before the prompt, where the tokenizer does", True)
     loss_on: str = option(
@@ -95,10 +96,6 @@ class TrainOptions(RowsOptions, ModelOptions):
     save_every: int | None = option("steps between checkpoints (default: an epoch)", None)
     keep: int = option("how many of the last checkpoints to keep", 1)
     resume: bool = option("continue the run in OUT from its last checkpoint", False)
-
-
-MAY_CHANGE = ("model", "data", "adapter", "out", "device", "remat", "save_every", "keep", "resume")
-"""Options that a resumed run may give anew: what they point to is compared by checksum instead, or does not matter."""
 
 
 def train(options: TrainOptions) -> Path:
@@ -116,37 +113,15 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     if processes > 1 and plan.method.is_stateful:
         raise InputError(f"The method {options.method} goes through the micro-batches in turn: train in one process.")
     if number == 0:
-        check_output_folder(out, plan.settings, options.resume)
+        check_folder(out, plan.record, options.resume, defaults(TrainOptions))
+        check_writable(out)
     config, base = model.load(plan.folder, dtype=plan.dtype, device=device)
     task = tree_map(partial(Tensor.to, device=device, dtype=model.stream_dtype(base), copy=True), plan.start)
-    average = tree_map(Tensor.clone, task) if options.ema is not None and number == 0 else None
     print_forecast(plan, base, task)
-    if number == 0 and not options.resume:
-        write_json(out / "settings.json", plan.settings)
-    optimizer = training.adamw(task, plan.schedule)
-    save_every = options.save_every or steps_per_epoch(len(plan.examples), plan.schedule)
-    run = Run(out, plan.settings, save_every, options.keep, plan.method.state, average)
-    start_step = restore(run, config, task, optimizer)
-    if processes > 1:
-        require_same_start(start_step, plan.settings)
-    steps = training.train(config, base, task, optimizer, plan.examples, plan.method, plan.schedule, start_step)
-    if number == 0:
-        log_and_save(run, steps, task, optimizer, start_step, total_steps(len(plan.examples), plan.schedule))
-    else:
-        deque(steps, maxlen=0)
-    return out / "adapter"
-
-
-def require_same_start(start_step: int, settings: dict[str, Any]) -> None:
-    """InputError unless all processes start from the same step of the same run: their gradients are added up."""
-    own = start_step, {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-    starts: list[Any] = [None] * rank_and_world_size()[1]
-    distributed.all_gather_object(starts, own)
-    if any(start != own for start in starts):
-        raise InputError(
-            f"The processes of this run start after the steps {[step for step, _ in starts]}, or with other settings: "
-            "give all of them the same options and data, and an --out that they share."
-        )
+    return train_run(
+        out, config, base, (task, options.lora_alpha / options.rank), plan.examples, plan.method, plan.schedule,
+        record=plan.record, save_every=options.save_every, keep=options.keep, decay=options.ema, resume=options.resume,
+    )  # fmt: skip
 
 
 class Plan(NamedTuple):
@@ -159,7 +134,7 @@ class Plan(NamedTuple):
     method: methods.BoundMethod
     start: lora.Lora
     dtype: torch.dtype
-    settings: dict[str, Any]
+    record: dict[str, Any]  # of what decides the result
 
 
 def plan_run(options: TrainOptions, device: torch.device) -> Plan:
@@ -180,8 +155,8 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
         remat=options.remat, compile=options.compile,
     )  # fmt: skip
     start, dtype = initial_adapter(options, folder, config), choose_dtype(options.dtype, folder, device)
-    settings = run_settings(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
-    return Plan(folder, config, schedule, examples, method, start, dtype, settings)
+    record = record_run(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
+    return Plan(folder, config, schedule, examples, method, start, dtype, record)
 
 
 def initial_adapter(options: TrainOptions, folder: Path, config: Config) -> lora.Lora:
@@ -216,7 +191,7 @@ def read_examples(options: TrainOptions, folder: Path, config: Config) -> list[E
     return examples
 
 
-def run_settings(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+def record_run(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the run's result, for settings.json and, with the adapter, lfu_config.json."""
     identity: dict[str, str | None] = {
         "model_fingerprint": fingerprint(folder),
@@ -226,20 +201,6 @@ def run_settings(options: TrainOptions, folder: Path, chosen: dict[str, Any]) ->
     identity["adapter_sha256"] = sha256(weights) if weights else None
     base = {"model": str(folder.absolute()) if Path(options.model).is_dir() else options.model}
     return asdict(options) | chosen | base | identity | {"lfu": __version__, "torch": torch.__version__}
-
-
-def check_output_folder(out: Path, settings: dict[str, Any], resume: bool) -> None:
-    """InputError unless the folder is empty, or, to resume, holds this very run."""
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} is not empty. Choose another --out, or continue the run in it with --resume.")
-        check_writable(out)
-        return
-    if not (out / "settings.json").is_file():
-        raise InputError(f"{out / 'settings.json'} does not exist: there is no run to continue. Leave out --resume.")
-    before = defaults(TrainOptions) | read_json(out / "settings.json")
-    if changed := describe_changes([name for name in settings if name not in MAY_CHANGE], before, settings):
-        raise InputError(f"{out} holds another run: {changed}. Give the same settings, or another --out.")
 
 
 def defaults(kind: type) -> dict[str, Any]:
@@ -254,7 +215,7 @@ def print_forecast(plan: Plan, base: model.Params, task: lora.Lora) -> None:
     print_memory(base, task)
     rows = min(plan.schedule.micro_batch_size, plan.schedule.batch_size)
     print_peak(partial(plan.method.probe, plan.config, base, task), plan.examples, rows)
-    if plan.settings["compile"]:
+    if plan.record["compile"]:
         print("That is the peak without torch.compile.")
 
 

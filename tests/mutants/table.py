@@ -240,6 +240,9 @@ MODEL = [
         ("no window", "config.sliding_window)", "None)", checks.decoding("mistral_v01")),
         ("logits after the filler", "x[rows[:, 0], counts - 1]", "x[:, -1]", checks.decoding("qwen3")),
         ("filler counted", "cache.lengths + counts", "cache.lengths + tokens.shape[1]", checks.decoding("qwen3")),
+    ),
+    *mistakes_in(
+        "generate.attend_with_cache",
         (
             "keys cached as values",
             "values[rows, :, positions] = v.transpose(1, 2)",
@@ -432,31 +435,25 @@ STEP = [
         ),
         (
             "gradient through the ascent",
-            "        perturbed = run_trunk(config, base, x, *with_aux(task, undesirable), exact_product)\n",
+            "        perturbed = run_trunk(config, base, x, "
+            "*with_aux(task, undesirable, scale, mask), exact_product)\n",
             "        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):\n"
             "            moving = ascend(aux, torch.func.grad(lambda aux: objective(task, aux)[0])(aux), alpha)\n"
-            "            perturbed = run_trunk(config, base, x, *with_aux(task, moving), exact_product)\n",
+            "            perturbed = run_trunk(config, base, x, *with_aux(task, moving, scale, mask), exact_product)\n",
             checks.SLOPE,
         ),
         (
             "auxiliary component left where it started",
-            "run_trunk(config, base, x, *with_aux(task, undesirable)",
-            "run_trunk(config, base, x, *with_aux(task, aux)",
+            "run_trunk(config, base, x, *with_aux(task, undesirable, scale, mask)",
+            "run_trunk(config, base, x, *with_aux(task, aux, scale, mask)",
             checks.part("consistency", *checks.BOTH),
         ),
         (
             "θ held still in the perturbed pass",
-            "*with_aux(task, undesirable)",
-            "*with_aux(tree_map(torch.Tensor.detach, task), undesirable)",
+            "*with_aux(task, undesirable, scale, mask)",
+            "*with_aux(tree_map(torch.Tensor.detach, task), undesirable, scale, mask)",
             checks.part("consistency", *checks.BOTH),
         ),
-        (
-            "steering at every position",
-            "Steering(aux, mask)",
-            "Steering(aux, torch.ones_like(mask))",
-            checks.part("whole", "steering"),
-        ),
-        ("auxiliary LoRA without its scale", "(aux, scale)", "(aux, 1.0)", checks.part("whole", "lora")),
         ("λ squared", "g + lam * c", "g + lam * lam * c", checks.WHOLE),
         ("λ on the SFT gradient too", "g + lam * c", "lam * (g + c)", checks.WHOLE),
         ("λ and 1 - λ", "g + lam * c", "(1 - lam) * g + lam * c", checks.WHOLE),
@@ -464,6 +461,16 @@ STEP = [
         ("choice of blocks not handed on", "layers=layers", "layers=None", checks.CHOSEN),
         ("norm after the step reported", "global_norm(g_aux)}", "global_norm(undesirable)}", checks.METRICS),
         ("consistency reported with its weight", '"consistency": cons', '"consistency": lam * cons', checks.METRICS),
+    ),
+    *mistakes_in(
+        "train.with_aux",
+        (
+            "steering at every position",
+            "Steering(aux, mask)",
+            "Steering(aux, torch.ones_like(mask))",
+            checks.part("whole", "steering"),
+        ),
+        ("auxiliary LoRA without its scale", "(aux, scale)", "(aux, 1.0)", checks.part("whole", "lora")),
     ),
     *mistakes_in(
         "train.ascend",
