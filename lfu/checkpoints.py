@@ -19,9 +19,10 @@ from lfu.errors import InputError, option_name
 from lfu.io.files import new_folder, read_json, sha256, write_json, write_tensors
 from lfu.io.tensors import read_all_tensors
 from lfu.model import Config
+from lfu.validation import History, best
 
 ADAPTER, OPTIMIZER, METHOD_STATE = "adapter_model.safetensors", "optimizer.safetensors", "method.safetensors"
-EMA = "ema"
+EMA, BEST = "ema", "best"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Run:
     decay: float | None  # of the average
     save_every: int
     keep: int
+    history: History  # of validation
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -62,6 +64,13 @@ def save(run: Run, step: int) -> None:
 
 def checkpoint_folder(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step}"
+
+
+def save_best(run: Run) -> None:
+    """OUT/best: the adapter as it is now; its lfu_config.json also says at which step, and with which NLL."""
+    step, value = best(run.history)
+    with new_folder(run.out / BEST) as folder:
+        save_adapter(folder, run.adapter, run.record | {"best_step": step, "best_valid": value})
 
 
 def save_adapter(folder: Path, adapter: lora.Adapter, record: dict[str, Any]) -> None:
@@ -176,11 +185,12 @@ def copy_adapter(folder: Path, config: Config, task: lora.Lora) -> None:
 
 # --- whether it is the same run -------------------------------------------------------------------
 
-MAY_CHANGE = ("model", "data", "adapter", "out", "device", "remat", "save_every", "keep", "resume")
+MAY_CHANGE = ("model", "data", "valid", "adapter", "out", "device", "remat", "save_every", "keep", "resume")
 """What a resumed run may give anew: what they point to is compared by checksum instead, or does not matter."""
 IDENTITIES = {
     "model_fingerprint": "the model files differ",
     "data_sha256": "the data file differs",
+    "valid_sha256": "the validation file differs",
     "adapter_sha256": "the adapter to continue from differs",
 }
 """What is compared by checksum, which says nothing to a reader."""

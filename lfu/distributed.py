@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Tree = TypeVar("Tree")
 """A tree of tensors; the sum is a tree of the same shape."""
+Value = TypeVar("Value")
+GONE = "Another process of this run is gone; check its output and fix the cause. Then continue with --resume."
 
 
 @contextmanager
@@ -43,6 +45,18 @@ def rank_and_world_size() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
 
+def broadcast(value: Value) -> Value:
+    """What the first process has, in all of them."""
+    if rank_and_world_size()[1] == 1:
+        return value
+    held = [value]
+    try:
+        distributed.broadcast_object_list(held)
+    except RuntimeError as error:
+        raise ConnectionError(GONE) from error
+    return held[0]
+
+
 def all_reduce(gradient: Tree, metrics: dict[str, float]) -> tuple[Tree, dict[str, float]]:
     """Both added up over all processes; ConnectionError if one of them is gone."""
     leaves, structure = tree_flatten(gradient)
@@ -52,9 +66,7 @@ def all_reduce(gradient: Tree, metrics: dict[str, float]) -> tuple[Tree, dict[st
         distributed.all_reduce(whole)
         distributed.all_gather_object(all_metrics, metrics)
     except RuntimeError as error:
-        raise ConnectionError(
-            "Another process of this run is gone; check its output and fix the cause. Then continue with --resume."
-        ) from error
+        raise ConnectionError(GONE) from error
     parts = whole.split([leaf.numel() for leaf in leaves])
     gradient = tree_unflatten([part.view_as(leaf) for part, leaf in zip(parts, leaves)], structure)
     names = {name: None for each in all_metrics for name in each}

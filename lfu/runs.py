@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from lfu.baselines.averages import ema
 from lfu.checkpoints import (
+    BEST,
     EMA,
     Run,
     checkpoint_folder,
@@ -37,54 +39,76 @@ from lfu.checkpoints import (
     restore,
     save,
     save_adapter,
+    save_best,
     sweep,
 )
 from lfu.data.batches import Example
 from lfu.distributed import rank_and_world_size
 from lfu.errors import InputError
+from lfu.evaluation.nll import answer_nll
 from lfu.io.files import new_folder, read_json, write_json, write_text
 from lfu.lora import Adapter, Lora
 from lfu.model import Config, Params
 from lfu.schedule import Settings, steps_per_epoch, total_steps
 from lfu.train import Method, StepMetrics, adamw, train
+from lfu.validation import History, Validation, best, watch
 
 
 def train_run(
     out: str | Path, config: Config, base: Params, adapter: Adapter, examples: Sequence[Example], method: Method,
     settings: Settings, *,
-    record: dict[str, Any] | None = None, save_every: int | None = None, keep: int = 1, decay: float | None = None,
-    resume: bool = False,
+    record: dict[str, Any] | None = None, validation: Validation | None = None, save_every: int | None = None,
+    keep: int = 1, decay: float | None = None, resume: bool = False,
 ) -> Path:  # fmt: skip
     """Train `adapter`, in place, and keep the run in the folder `out`; returns OUT/adapter.
 
     `record` is what settings.json and, with the adapter, lfu_config.json say: what decides the result. Every
     `save_every` steps (None: an epoch) there is a checkpoint, of which the last `keep` stay. With a `decay`, OUT/ema is
-    the moving average of the adapter. Several processes share one run: the first alone writes. InputError if `out`
-    holds something else, if another process is writing into it, and as in `train`; KeyboardInterrupt after Ctrl-C, once
-    the step in hand is done and saved.
+    the moving average of the adapter; with a `validation`, OUT/best is the adapter of its best step. Several processes
+    share one run: the first alone writes. InputError if `out` holds something else, if another process is writing into
+    it, and as in `train`; KeyboardInterrupt after Ctrl-C, once the step in hand is done and saved.
     """
-    task, scale = adapter
-    if record is None:
-        rank = len(next(iter(task[0].values())).A)
-        record = {"rank": rank, "lora_alpha": scale * rank, **settings._asdict()}
-    alone, (number, processes) = nullcontext(), rank_and_world_size()
-    average = tree_map(Tensor.clone, task) if decay is not None and number == 0 else None
+    (task, scale), first = adapter, rank_and_world_size()[0] == 0
+    record = describe_run(task, scale, settings) if record is None else record
+    average = tree_map(Tensor.clone, task) if decay is not None and first else None
+    epoch, last = steps_per_epoch(len(examples), settings), total_steps(len(examples), settings)
     run = Run(
         Path(out), record, adapter, adamw(task, settings), getattr(method, "state", {}), average, decay,
-        save_every or steps_per_epoch(len(examples), settings), keep,
+        save_every or epoch, keep, [],
     )  # fmt: skip
-    with lock(run.out) if number == 0 else alone:
-        if number == 0:
-            open_folder(run.out, record, resume)
-        start_step = restore(run, config) if resume else 0
-        if processes > 1:
-            require_same_start(start_step, record)
+    with lock(run.out) if first else nullcontext():
+        start_step = start(run, config, resume, first)
         steps = train(config, base, task, run.optimizer, examples, method, settings, start_step)
-        if number == 0:
-            log_and_save(run, steps, start_step, total_steps(len(examples), settings))
-        else:
-            deque(steps, maxlen=0)
+        if validation is not None:
+            measure = partial(held_back_nll, config, base, adapter, validation.examples, settings.micro_batch_size)
+            every = validation.every or epoch
+            steps = watch(steps, measure, run.history, every, validation.patience, start_step, last)
+        log_and_save(run, steps, start_step, last) if first else deque(steps, maxlen=0)
     return run.out / "adapter"
+
+
+def describe_run(task: Lora, scale: float, settings: Settings) -> dict[str, Any]:
+    """The record of a run whose caller gives none."""
+    rank = len(next(iter(task[0].values())).A)
+    return {"rank": rank, "lora_alpha": scale * rank, **settings._asdict()}
+
+
+def start(run: Run, config: Config, resume: bool, first: bool) -> int:
+    """Open the run's folder and restore what is in it; returns the steps done."""
+    if first:
+        open_folder(run.out, run.record, resume)
+    start_step = restore(run, config) if resume else 0
+    if rank_and_world_size()[1] > 1:
+        require_same_start(start_step, run.record)
+    if first:
+        truncate_log(run.out / "log.jsonl", start_step)
+        run.history[:] = read_history(run.out / "log.jsonl")
+    return start_step
+
+
+def held_back_nll(config: Config, base: Params, adapter: Adapter, examples: Sequence[Example], size: int) -> float:
+    """The mean NLL per answer token of rows held back. The first process measures for all."""
+    return answer_nll(config, base, examples, [adapter], batch_size=size).mean if rank_and_world_size()[0] == 0 else 0.0
 
 
 def require_same_start(start_step: int, record: dict[str, Any]) -> None:
@@ -166,8 +190,7 @@ def is_content(path: Path) -> bool:
 
 def log_and_save(run: Run, steps: Iterator[StepMetrics], start_step: int, last: int) -> None:
     """Take the steps one by one, logging and saving; Ctrl-C ends the run after the step it is in, resumable."""
-    path = run.out / "log.jsonl"
-    truncate_log(path, start_step)
+    path, done, saved = run.out / "log.jsonl", start_step, start_step
     bar = tqdm(total=last, initial=start_step, unit="step", file=Screen())
     with interruptible() as interrupted, bar, path.open("a", encoding="utf-8") as log:
         clock = time.perf_counter()
@@ -175,27 +198,39 @@ def log_and_save(run: Run, steps: Iterator[StepMetrics], start_step: int, last: 
             line = log_line(metrics, time.perf_counter() - clock)
             log.write(json.dumps(line) + "\n")
             log.flush()
-            bar.set_postfix_str(summary(line), refresh=False)
-            bar.update()
-            if run.average is not None and run.decay is not None:
+            show(bar, line)
+            if run.average is not None and run.decay is not None and metrics.step > 0:
                 update_ema(run.average, run.adapter[0], run.decay)
-            stop = bool(interrupted)  # read once: no end without its checkpoint
-            if metrics.step % run.save_every == 0 or metrics.step == last or stop:
+            if "valid" in line and best(run.history)[0] == metrics.step:
+                save_best(run)
+            done, stop = metrics.step, bool(interrupted)  # read once: no end without its checkpoint
+            if done > 0 and (done % run.save_every == 0 or done == last or stop):
                 os.fsync(log.fileno())  # before the checkpoint that says these steps are done
-                save(run, metrics.step)
-            if stop and metrics.step < last:
-                raise KeyboardInterrupt(f"Stopped after step {metrics.step} of {last}; continue with --resume.")
+                save(run, saved := done)
+            if stop and done < last:
+                raise KeyboardInterrupt(f"Stopped after step {done} of {last}; continue with --resume.")
             clock = time.perf_counter()
+    if done > saved:  # out of patience
+        save(run, done)
     save_adapters(run)
-    print(f"Done: {run.out / 'adapter'}")
+    print_end(run, done)
 
 
 def log_line(metrics: StepMetrics, seconds: float) -> dict[str, float]:
-    """What log.jsonl says of a step."""
+    """What log.jsonl says of a step, or of the validation before the first."""
+    if metrics.step == 0:
+        return {"step": 0, **metrics.losses}
+    seconds -= metrics.losses.get("valid_seconds", 0.0)
     counts = {"step": metrics.step, "epoch": metrics.epoch, "tokens": metrics.tokens}
     update = {"gradient_norm": metrics.gradient_norm, "learning_rate": metrics.learning_rate}
     speed = {"seconds": round(seconds, 4), "tokens_per_second": round(metrics.tokens / seconds, 1)}
     return {**counts, **metrics.losses, **update, **speed}
+
+
+def read_history(path: Path) -> History:
+    """What validation found, from the log."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.is_file() else [])
+    return [(line["step"], line["valid"]) for line in lines if "valid" in line]
 
 
 def truncate_log(path: Path, step: int) -> None:
@@ -204,15 +239,15 @@ def truncate_log(path: Path, step: int) -> None:
         return
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if step_of(line) <= step]
     write_text(path, "".join(f"{line}\n" for line in lines))
-    if len(lines) < step:
-        print(f"{path} lacks {step - len(lines)} of the {step} steps before: it was damaged. The run is not.")
+    if lost := step - sum(step_of(line) > 0 for line in lines):
+        print(f"{path} lacks {lost} of the {step} steps before: it was damaged. The run is not.")
 
 
 def step_of(line: str) -> float:
     """The step that a line of the log tells of; infinity if it tells of none."""
     with suppress(ValueError, TypeError, LookupError, RecursionError):
         step = json.loads(line)["step"]
-        return step if type(step) is int and step > 0 else math.inf
+        return step if type(step) is int and step >= 0 else math.inf
     return math.inf
 
 
@@ -249,14 +284,31 @@ def save_adapters(run: Run) -> None:
             save_adapter(folder, (tree, run.adapter[1]), run.record)
 
 
-def summary(line: dict[str, float]) -> str:
+def print_end(run: Run, done: int) -> None:
+    """Where the adapters are, and what validation found."""
+    if run.history:
+        (step, lowest), (_, first), (end, last) = best(run.history), run.history[0], run.history[-1]
+        print(
+            f"Validation: NLL {first:.4f} before, {last:.4f} after step {end}; lowest {lowest:.4f}, after step {step}: "
+            f"{run.out / BEST}"
+        )
+    print(f"Done: {run.out / 'adapter'}")
+
+
+def show(bar: "tqdm[Any]", line: dict[str, float]) -> None:
+    """Move the progress bar on, and write beside it what a step found."""
+    if line["step"] == 0:
+        return
     parts = [f"loss {line['sft']:.4f}"]
     if "consistency" in line:
         parts.append(f"consistency {line['consistency']:.3g}")
+    if "valid" in line:
+        parts.append(f"valid {line['valid']:.4f}")
     parts += [f"lr {line['learning_rate']:.2e}", f"{line['tokens_per_second']:.0f} tokens/s"]
     if torch.cuda.is_initialized():  # the run is on a GPU
         parts.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    return ", ".join(parts)
+    bar.set_postfix_str(", ".join(parts), refresh=False)
+    bar.update()
 
 
 class Screen:

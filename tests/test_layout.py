@@ -7,7 +7,8 @@ from pathlib import Path
 LFU = Path(__file__).parents[1] / "lfu"
 ROOMS = [
     "errors", "io", "distributed", "data", "model", "lora", "steering", "loss", "remat", "schedule", "train",
-    "generate", "baselines", "methods", "evaluation", "profiling", "checkpoints", "runs", "cli", "__init__",
+    "generate", "baselines", "methods", "evaluation", "profiling", "validation", "checkpoints", "runs", "cli",
+    "__init__",
 ]  # fmt: skip
 """From the ground up. A room may import itself and those before it."""
 

@@ -35,12 +35,13 @@ from lfu.data.tokens import LOSS_ON, TEMPLATES, Format, encode_rows, load_tokeni
 from lfu.distributed import process_group, rank_and_world_size
 from lfu.errors import InputError
 from lfu.io.config import Config, read_config
-from lfu.io.files import sha256
+from lfu.io.files import first_few, sha256
 from lfu.io.huggingface import fingerprint, resolve_model
 from lfu.loss import NORMS
 from lfu.profiling.memory import expected_peak
 from lfu.runs import check_folder, train_run
 from lfu.schedule import Settings, total_steps, validate_settings
+from lfu.validation import Validation, hold_back
 
 
 def published(name: str) -> str:
@@ -70,6 +71,10 @@ class TrainOptions(RowsOptions, ModelOptions):
     )
     rank: int = option("rank of the LoRA", 8)
     lora_alpha: float = option("scale of the LoRA times its rank", 16.0)
+    valid: str | None = option("JSONL file of rows for validation: their NLL between steps, and OUT/best", None)
+    hold_back: int | None = option("take this many rows of the data, chosen by the seed, for validation instead", None)
+    eval_every: int | None = option("steps between validations (default: an epoch)", None)
+    patience: int | None = option("stop after this many validations without a new best", None)
     adapter: str | None = option("adapter folder to continue from, with a new optimizer (default: a fresh LoRA)", None)
     ema: float | None = option("also write OUT/ema, the moving average of the adapter with this decay β", None)
     epochs: int = option("passes over the data", SCHEDULE.epochs)
@@ -120,7 +125,8 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     print_forecast(plan, base, task)
     return train_run(
         out, config, base, (task, options.lora_alpha / options.rank), plan.examples, plan.method, plan.schedule,
-        record=plan.record, save_every=options.save_every, keep=options.keep, decay=options.ema, resume=options.resume,
+        record=plan.record, validation=plan.validation, save_every=options.save_every, keep=options.keep,
+        decay=options.ema, resume=options.resume,
     )  # fmt: skip
 
 
@@ -131,6 +137,7 @@ class Plan(NamedTuple):
     config: Config
     schedule: Settings
     examples: list[Example]
+    validation: Validation | None
     method: methods.BoundMethod
     start: lora.Lora
     dtype: torch.dtype
@@ -139,7 +146,7 @@ class Plan(NamedTuple):
 
 def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     """What the options come to. InputError for anything in them or in the data that cannot be used."""
-    require_counts(options, "rank", "limit", "save_every", "keep")
+    require_counts(options, "rank", "limit", "save_every", "keep", "hold_back", "eval_every", "patience")
     if options.ema is not None and not 0 <= options.ema < 1:
         raise InputError(f"ema must be at least 0 and less than 1, not {options.ema}.")
     if not 0 < options.lora_alpha < math.inf:
@@ -148,7 +155,7 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     config = read_config(folder / "config.json")
     schedule = Settings(**{name: getattr(options, name) for name in Settings._fields})
     validate_settings(schedule)
-    examples = read_examples(options, folder, config)
+    examples, validation = split_examples(options, folder, config)
     method, chosen = methods.bind(
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
         alpha=options.alpha, lam=options.lam, beta=options.beta, layers=options.layers, norm=options.norm,
@@ -156,7 +163,7 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     )  # fmt: skip
     start, dtype = initial_adapter(options, folder, config), choose_dtype(options.dtype, folder, device)
     record = record_run(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
-    return Plan(folder, config, schedule, examples, method, start, dtype, record)
+    return Plan(folder, config, schedule, examples, validation, method, start, dtype, record)
 
 
 def initial_adapter(options: TrainOptions, folder: Path, config: Config) -> lora.Lora:
@@ -176,16 +183,32 @@ def initial_adapter(options: TrainOptions, folder: Path, config: Config) -> lora
     return start
 
 
-def read_examples(options: TrainOptions, folder: Path, config: Config) -> list[Example]:
-    """The tokenised rows; prints how many there are and which were left out."""
+def split_examples(options: TrainOptions, folder: Path, config: Config) -> tuple[list[Example], Validation | None]:
+    """The rows to train on, and those for validation, if there are any."""
+    if options.valid is not None and options.hold_back is not None:
+        raise InputError("valid and hold-back exclude each other: give the file, or a number of rows.")
+    if options.valid is None and options.hold_back is None:
+        if options.eval_every is not None or options.patience is not None:
+            raise InputError("eval-every and patience need rows for validation: give --valid or --hold-back.")
+        return read_examples(options, options.data, folder, config), None
+    examples = read_examples(options, options.data, folder, config)
+    if options.valid is not None:
+        held = read_examples(options, options.valid, folder, config)
+    else:
+        examples, held = hold_back(examples, options.hold_back or 0, options.seed)
+        lines = first_few([str(example.line_number) for example in held], 10)
+        print(f"{options.data}: {len(held)} rows held back for validation, of lines {lines}.")
+    return examples, Validation(held, options.eval_every, options.patience)
+
+
+def read_examples(options: TrainOptions, data: str, folder: Path, config: Config) -> list[Example]:
+    """The tokenised rows of a file; prints how many there are and which were left out."""
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    rows = read_rows(options.data, options.reader())[: options.limit]
+    rows = read_rows(data, options.reader())[: options.limit if data == options.data else None]
     form = Format(options.template, options.bos, options.loss_on)
-    examples, dropped = encode_rows(
-        options.data, rows, tokenizer, form, max_length=options.max_length, drop=options.drop
-    )
+    examples, dropped = encode_rows(data, rows, tokenizer, form, max_length=options.max_length, drop=options.drop)
     supervised = sum(example.num_loss_tokens for example in examples)
-    print(f"{options.data}: {len(examples)} rows, {supervised} tokens with loss, {len(dropped)} rows left out.")
+    print(f"{data}: {len(examples)} rows, {supervised} tokens with loss, {len(dropped)} rows left out.")
     for reason in dropped[:10]:
         print(f"  left out: {reason}")
     return examples
@@ -196,6 +219,7 @@ def record_run(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> d
     identity: dict[str, str | None] = {
         "model_fingerprint": fingerprint(folder),
         "data_sha256": sha256(Path(options.data)),
+        "valid_sha256": sha256(Path(options.valid)) if options.valid is not None else None,
     }
     weights = Path(options.adapter) / "adapter_model.safetensors" if options.adapter is not None else None
     identity["adapter_sha256"] = sha256(weights) if weights else None
