@@ -132,15 +132,29 @@ def lock(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out, os.O_RDONLY)
     try:
+        take_lock(descriptor, out)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def take_lock(descriptor: int, out: Path) -> None:
+    try:
         with suppress(PermissionError):  # file systems without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
         raise InputError(
             f"{out} is in use: process {holder(descriptor)} trains into it. Wait for its end, or choose another --out."
         ) from None
-    finally:
-        os.close(descriptor)
+
+
+def is_locked(out: Path) -> bool:
+    """Whether a living process is writing into a run's folder."""
+    try:
+        with lock(out):
+            return False
+    except InputError:
+        return True
 
 
 def holder(descriptor: int) -> str:
@@ -227,10 +241,15 @@ def log_line(metrics: StepMetrics, seconds: float) -> dict[str, float]:
     return {**counts, **metrics.losses, **update, **speed}
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log that tell of a step, or of the validation before the first."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if step_of(line) < math.inf]
+
+
 def read_history(path: Path) -> History:
     """What validation found, from the log."""
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.is_file() else [])
-    return [(line["step"], line["valid"]) for line in lines if "valid" in line]
+    return [(line["step"], line["valid"]) for line in read_log(path) if "valid" in line]
 
 
 def truncate_log(path: Path, step: int) -> None:

@@ -31,7 +31,7 @@ def flags(**options: Any) -> list[str]:
 
 
 def subcommands() -> dict[str, Any]:
-    (action,) = (action for action in parser()._actions if action.dest == "verb")
+    (action,) = (action for action in parser()._actions if action.dest == "command")
     return action.choices
 
 

@@ -57,8 +57,8 @@ REQUIRED: dict[str, dict[str, str]] = {
     "generate": {"model": "M", "question": "Q"},
     "merge": {"model": "M", "adapter": "A", "out": "O"},
     "distill": {"model": "M", "data": "D", "out": "O"},
-    "bench": {"model": "M"},
-}
+    "plot": {"runs": ["R", "S"], "out": "O"}, "runs": {"folder": "F"}, "bench": {"model": "M"},
+}  # fmt: skip
 
 
 def tokens_of(*texts: str) -> Tensor:
@@ -105,17 +105,24 @@ def test_help_explains_every_option(
     for each in fields(COMMANDS[verb][0]):
         (action,) = (action for action in subcommands()[verb]._actions if action.dest == each.name)
         assert len(each.metadata["help"].split()) > 1
-        assert action.option_strings[0] in shown
+        assert (action.option_strings or [each.name])[0] in shown
         assert " ".join(each.metadata["help"].split()) in shown
         if type(each.default) in (int, float, str):
             assert f"(default: {each.default})" in action.help
 
 
+def typed(kind: type, options: dict[str, Any]) -> list[str]:
+    """Options as they are typed, positional ones first."""
+    bare = [each.name for each in fields(kind) if each.metadata.get("positional")]
+    first = [value for name in bare for value in ([options[name]] if isinstance(options[name], str) else options[name])]
+    return [*first, *flags(**{name: value for name, value in options.items() if name not in bare})]
+
+
 @pytest.mark.parametrize("verb", REQUIRED)
 def test_the_command_line_is_the_options_object(verb: str) -> None:
     kind = COMMANDS[verb][0]
-    parsed = vars(parser().parse_args([verb, *flags(**REQUIRED[verb])]))
-    assert parsed.pop("verb") == verb
+    parsed = vars(parser().parse_args([verb, *typed(kind, REQUIRED[verb])]))
+    assert parsed.pop("command") == verb
     assert kind(**parsed) == kind(**REQUIRED[verb])
     assert {each.name for each in fields(kind) if each.default is MISSING} == set(REQUIRED[verb])
 
@@ -126,7 +133,8 @@ def test_missing_options_are_named(verb: str, capsys: pytest.CaptureFixture[str]
         main([verb])
     assert end.value.code == 2
     missing = capsys.readouterr().err.split("required: ")[1].strip()
-    assert missing.split(", ") == [f"--{name}" for name in REQUIRED[verb]]
+    bare = [each.name for each in fields(COMMANDS[verb][0]) if each.metadata.get("positional")]
+    assert missing.split(", ") == [name if name in bare else f"--{name}" for name in REQUIRED[verb]]
 
 
 def test_the_defaults_are_those_of_the_functions() -> None:
@@ -159,7 +167,7 @@ def test_values_arrive_in_their_types() -> None:
         (["eval", "--score", "bleu"], "argument --score: invalid choice: 'bleu'"),
         (["generate", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["tune"], "invalid choice: 'tune'"),
-        ([], "required: verb"),
+        ([], "required: command"),
     ],
 )
 def test_what_cannot_be_typed(typed: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +222,7 @@ def test_a_run_holds_its_settings_its_log_and_its_adapter(run: Path) -> None:
     published = {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0, "norm": "mean", "layers": [1, 2, 3, 4]}
     assert settings | published | {"rank": 8, "template": "plain", "bos": False} == settings
     assert settings.keys() - {each.name for each in fields(TrainOptions)} == {
-        "model_fingerprint", "data_sha256", "adapter_sha256", "lfu", "torch"
+        "model_fingerprint", "data_sha256", "valid_sha256", "adapter_sha256", "lfu", "torch"
     }  # fmt: skip
     log = read_lines(run / "log.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]

@@ -6,9 +6,12 @@ from lfu.cli.evaluate import EvalOptions, evaluate
 from lfu.cli.generate import GenerateOptions, generate
 from lfu.cli.main import keep_freed_memory, main, parser
 from lfu.cli.merge import MergeOptions, merge
+from lfu.cli.plot import PlotOptions, plot
+from lfu.cli.runs import RunsOptions, runs
 from lfu.cli.train import TrainOptions, train
 
 __all__ = [
-    "BenchOptions", "DistillOptions", "EvalOptions", "GenerateOptions", "MergeOptions", "TrainOptions", "bench",
-    "distill", "evaluate", "generate", "keep_freed_memory", "main", "merge", "parser", "train",
+    "BenchOptions", "DistillOptions", "EvalOptions", "GenerateOptions", "MergeOptions", "PlotOptions", "RunsOptions",
+    "TrainOptions", "bench", "distill", "evaluate", "generate", "keep_freed_memory", "main", "merge", "parser", "plot",
+    "runs", "train",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The `lfu` command: train, eval, generate, merge, distill, bench.
+"""The `lfu` command: train, eval, generate, merge, distill, plot, runs, bench.
 
 Each command is a function of one options object, in a file of its own, so `lfu train --model M --data D --out O` and
 `train(TrainOptions(model=M, data=D, out=O))` are the same thing. The command line is made from the options objects.
@@ -19,6 +19,8 @@ from lfu.cli.distill import DistillOptions, distill
 from lfu.cli.evaluate import EvalOptions, evaluate
 from lfu.cli.generate import GenerateOptions, generate
 from lfu.cli.merge import MergeOptions, merge
+from lfu.cli.plot import PlotOptions, plot
+from lfu.cli.runs import RunsOptions, runs
 from lfu.cli.train import TrainOptions, train
 from lfu.errors import InputError, is_out_of_memory, option_name
 from lfu.evaluation import loglikelihood as likelihoods
@@ -30,15 +32,17 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
     "generate": (GenerateOptions, generate, "answer a question"),
     "merge": (MergeOptions, merge, "write a model folder with the adapter merged in"),
     "distill": (DistillOptions, distill, "rewrite the answers of a data file in the words of the model"),
+    "plot": (PlotOptions, plot, "draw the curves of runs"),
+    "runs": (RunsOptions, runs, "list the runs in a folder, and how far they are"),
     "bench": (BenchOptions, bench, "measure what a step costs"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status. Input that cannot be used ends in one sentence and status 2."""
+    """Run one command; returns the exit status. Input that cannot be used ends in one sentence and status 2."""
     keep_freed_memory()
     parsed = vars(parser().parse_args(arguments))
-    options, run, _ = COMMANDS[parsed.pop("verb")]
+    options, run, _ = COMMANDS[parsed.pop("command")]
     try:
         run(options(**parsed))
     except (InputError, FloatingPointError, OSError) as error:
@@ -72,7 +76,7 @@ def keep_freed_memory() -> None:
 
 
 def memory_advice(options: Any) -> str:
-    """The options that would lower a verb's memory and are not used yet."""
+    """The options that would lower a command's memory and are not used yet."""
     dtype = getattr(options, "dtype", "bfloat16")
     lower = "--dtype bfloat16" if dtype else "--dtype bfloat16 (unless the weights are in it)"
     ways = [] if dtype in ("bfloat16", "float16") else [lower]
@@ -95,23 +99,28 @@ def parser() -> argparse.ArgumentParser:
         prog="lfu", description="Fine-tune language models with Learning from the Undesirable."
     )
     root.add_argument("--version", action="version", version=f"lfu {__version__}")
-    verbs = root.add_subparsers(dest="verb", required=True)
+    commands = root.add_subparsers(dest="command", required=True)
     for name, (options, _, help) in COMMANDS.items():
-        verb = verbs.add_parser(name, help=help, description=f"{help.capitalize()}.", allow_abbrev=False)
+        command = commands.add_parser(name, help=help, description=f"{help.capitalize()}.", allow_abbrev=False)
         for each in fields(options):
-            add_option(verb, each)
+            add_option(command, each)
     return root
 
 
-def add_option(verb: argparse.ArgumentParser, each: Field[Any]) -> None:
+def add_option(command: argparse.ArgumentParser, each: Field[Any]) -> None:
     how = dict(each.metadata)
+    if how.pop("positional", False):
+        command.add_argument(each.name, nargs="+" if "list" in str(each.type) else None, help=how["help"])
+        return
     flag, text = f"--{option_name(each.name)}", how.pop("help")
     if "bool" in str(each.type):
-        verb.add_argument(flag, dest=each.name, action=argparse.BooleanOptionalAction, default=each.default, help=text)
+        command.add_argument(
+            flag, dest=each.name, action=argparse.BooleanOptionalAction, default=each.default, help=text
+        )
         return
     required = each.default is MISSING
     if not required and each.default is not None:
         text += f" (default: {each.default})"
     kind = next(kind for kind in (float, int, str) if kind.__name__ in str(each.type))
     how = {"type": kind, "required": required, "default": None if required else each.default, "help": text} | how
-    verb.add_argument(flag, dest=each.name, **how)
+    command.add_argument(flag, dest=each.name, **how)

@@ -148,7 +148,10 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
     if not path.is_file():
         return Format()
     settings = read_json(path)
-    if not {"template", "bos", "model_fingerprint"} <= set(settings):
+    needed = {"template", "bos", "model_fingerprint"}
+    if not needed & set(settings):  # of a run without the command, which nobody told
+        return Format()
+    if not needed <= set(settings):
         raise InputError(f"{path} must name the template, the bos and the model_fingerprint of the training.")
     if settings["model_fingerprint"] != fingerprint(folder):
         raise InputError(
