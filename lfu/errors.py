@@ -11,6 +11,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, where, and what to do."""
 
 
+def quote(value: object) -> str:
+    """A value that the user gave, for a message: its repr, so that nothing in it acts on a terminal, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def option_name(name: str) -> str:
     """A setting as the command line spells it, without its dashes: lambda for `lam`, batch-size for `batch_size`."""
     return {"lam": "lambda"}.get(name, name).replace("_", "-")

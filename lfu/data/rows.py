@@ -21,7 +21,7 @@ import string
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lfu.errors import InputError
 
@@ -122,6 +122,9 @@ def first_present(fields: dict[str, Any], *names: str) -> str:
 # --- rows -----------------------------------------------------------------------------------------
 
 
+T = TypeVar("T")
+
+
 class Row(NamedTuple):
     """One line of a JSONL file."""
 
@@ -161,6 +164,14 @@ def read_row(path: Path, number: int, line: str, layout: Layout) -> Row:
         return Row(number, *layout(fields), fields)
     except InputError as error:
         raise InputError(f"{path}, line {number}: {error}") from error
+
+
+def with_line_number(path: str | Path, row: Row, function: Callable[..., T], *arguments: Any) -> T:
+    """The function's result; an InputError in it gets the row's line before it."""
+    try:
+        return function(*arguments)
+    except InputError as error:
+        raise InputError(f"{path}, line {row.number}: {error}") from error
 
 
 def json_object(line: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lfu.data.rows import Layout, Row, columns, read_rows
-from lfu.data.tokens import ModelTokenizer, token_ids
+from lfu.data.tokens import ModelTokenizer, text_ids
 from lfu.errors import InputError
 
 # --- exact match -----------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def harness_prompt(
 ) -> list[int]:
     """[BOS] and the harness' gsm8k prompt: worked examples, then the question, tokenised in one piece."""
     solved = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in shots)
-    return [*(tokenizer.bos if bos else ()), *token_ids(tokenizer, solved + wording.format(question=row.question))]
+    return text_ids(tokenizer, bos, solved + wording.format(question=row.question))
 
 
 def draw_shots(pool: Sequence[Row], count: int, seed: int, row: Row) -> list[Row]:

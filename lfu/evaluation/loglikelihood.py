@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lfu.data.batches import Example
-from lfu.data.rows import Row, columns, read_rows, require_column
-from lfu.data.tokens import Format, ModelTokenizer, prompt_ids, require_template, token_ids
+from lfu.data.rows import Row, columns, read_rows, require_column, with_line_number
+from lfu.data.tokens import Format, ModelTokenizer, answer_ids, prompt_ids, special_token, text_ids, token_ids
 from lfu.errors import InputError
 from lfu.evaluation.estimates import Estimate, accuracy, ratio
 from lfu.evaluation.nll import Likelihood, row_likelihoods
-from lfu.io.files import read_json
 from lfu.lora import Adapter
 from lfu.model import Config, Params
 
@@ -51,14 +50,6 @@ def read_items(path: str | Path, score: str, *, question: str = "question", answ
     column = question if asks else "text"
     rows = read_rows(path, partial(columns, question=column, answer=column))
     return [with_line_number(path, row, read, row, answer) for row in rows]
-
-
-def with_line_number(path: str | Path, row: Row, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result; an InputError in it gets the line before it."""
-    try:
-        return function(*arguments)
-    except InputError as error:
-        raise InputError(f"{path}, line {row.number}: {error}") from error
 
 
 def read_choices(row: Row, answer: str) -> Item:
@@ -117,22 +108,9 @@ class EncodingOptions(NamedTuple):
 
 def prefix_id(folder: Path, tokenizer: ModelTokenizer) -> int:
     """The declared BOS, also of a tokenizer that puts none before a text; else EOS. `HFLM.prefix_token_id`."""
-    path = folder / "tokenizer_config.json"
-    declared = read_json(path).get("bos_token") if path.is_file() else None
-    text = declared["content"] if isinstance(declared, dict) else declared
-    bos = tokenizer.backend.token_to_id(text) if text else None
+    declared = special_token(folder, "bos_token")
+    bos = tokenizer.backend.token_to_id(declared) if declared else None
     return next(token for token in (bos, *tokenizer.bos, tokenizer.eos) if token is not None)
-
-
-def longest_context(folder: Path) -> int:
-    """What the model was made for, else 2048. `resolve_max_length` in `lm_eval/models/utils.py`."""
-    return read_json(folder / "config.json").get("max_position_embeddings") or 2048
-
-
-def text_ids(options: EncodingOptions, text: str) -> list[int]:
-    """[BOS] and the text; one that begins with BOS gets no second. `HFLM.tok_encode`."""
-    bos, tokens = list(options.tokenizer.bos if options.format.bos else ()), token_ids(options.tokenizer, text)
-    return tokens if tokens[: len(bos)] == bos else bos + tokens
 
 
 def pair_ids(options: EncodingOptions, context: str, text: str) -> tuple[list[int], list[int]]:
@@ -146,14 +124,14 @@ def pair_ids(options: EncodingOptions, context: str, text: str) -> tuple[list[in
     if not kept:
         tokens = token_ids(options.tokenizer, continuation)
         return ([options.prefix], tokens) if tokens[:1] != [options.prefix] else (tokens[:1], tokens[1:])
-    given = text_ids(options, kept)
-    return given, text_ids(options, kept + continuation)[len(given) :]
+    given = text_ids(options.tokenizer, options.format.bos, kept)
+    return given, text_ids(options.tokenizer, options.format.bos, kept + continuation)[len(given) :]
 
 
 def own_ids(options: EncodingOptions, question: str, text: str) -> tuple[list[int], list[int]]:
     """The prompt and the text as its answer, in the tokens of training; without the EOS after it."""
-    answer = require_template(options.format.template).before_answer + text
-    return prompt_ids(options.tokenizer, options.format, question), token_ids(options.tokenizer, answer)
+    prompt = prompt_ids(options.tokenizer, options.format, question)
+    return prompt, answer_ids(options.tokenizer, options.format, text)
 
 
 def encode(
@@ -193,7 +171,7 @@ def encode_windows(options: EncodingOptions, item: Item) -> list[Example]:
     The first window follows the prefix. Where the tokenizer puts BOS before a text, BOS itself is predicted from the
     prefix: so does the harness. `HFLM.loglikelihood_rolling`, `get_rolling_token_windows`, `make_disjoint_window`.
     """
-    tokens, windows = [options.prefix, *text_ids(options, item.continuations[0])], []
+    tokens, windows = [options.prefix, *text_ids(options.tokenizer, options.format.bos, item.continuations[0])], []
     for start in range(1, len(tokens), options.max_length):
         end = min(start + options.max_length, len(tokens))
         window = tokens[max(0, end - options.max_length - 1) : end]
