@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 def quote(value: object) -> str:
-    """A value that the user gave, for a message: its repr, so that nothing in it acts on a terminal, cut to 80 characters."""
+    """A value of the user's for a message: repr, so that nothing in it acts on a terminal, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -131,7 +131,7 @@ def test_missing_options_are_named(verb: str, capsys: pytest.CaptureFixture[str]
 def test_the_defaults_are_those_of_the_functions() -> None:
     options = TrainOptions(**REQUIRED["train"])
     assert Settings(**{name: getattr(options, name) for name in Settings._fields}) == Settings()
-    assert Format(options.template, options.bos, options.loss_on) == Format()
+    assert Format(options.template, options.bos is not False, options.loss_on) == Format()
     drawn, functions = DistillOptions(**REQUIRED["distill"]), signature(rewrite_answers).parameters
     shared = [name for name, each in functions.items() if each.default is not Parameter.empty]
     assert {name: getattr(drawn, name) for name in shared} == {name: functions[name].default for name in shared}
@@ -213,7 +213,7 @@ def test_a_run_holds_its_settings_its_log_and_its_adapter(run: Path) -> None:
     published = {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0, "norm": "mean", "layers": [1, 2, 3, 4]}
     assert settings | published | {"rank": 8, "template": "plain", "bos": False} == settings
     assert settings.keys() - {each.name for each in fields(TrainOptions)} == {
-        "model_fingerprint", "data_sha256", "adapter_sha256", "lfu", "torch"
+        "model_fingerprint", "data_sha256", "adapter_sha256", "tokens", "lfu", "torch"
     }  # fmt: skip
     log = read_lines(run / "log.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
@@ -515,7 +515,7 @@ def test_refusals_and_words_in_common(tmp_path: Path) -> None:
         ({"warmup": 2}, "warmup is a share of the steps, from 0 to 1, not 2.0"),
         ({"max_length": 20}, r"rows\.jsonl, line 1: \d+ tokens are more than the maximum of 20\. .*--drop"),
         ({"max_length": 20, "drop": True}, r"rows\.jsonl: no usable rows; line 1: "),
-        ({"question": "prompt"}, r"rows\.jsonl, line 1: no column 'prompt'; the row has question, answer"),
+        ({"question": "prompt"}, r"rows\.jsonl, line 1: no column 'prompt'; the row has 'question', 'answer'"),
         ({"model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
     ],
 )
@@ -592,7 +592,7 @@ def test_train_refuses_a_tokenizer_larger_than_the_model(
     shutil.copytree(folder_of("llama2"), model)
     shutil.copyfile(MINI / "tokenizer.json", model / "tokenizer.json")
     assert lfu("train", model=model, data=data, out=out) == 2
-    assert re.search(r"tokenizer\.json has token ids up to \d+, but .* vocabulary holds 80\.", refusal(capsys))
+    assert re.search(r"line 1: the text has the token id \d+, but .* vocabulary holds 80\.", refusal(capsys))
     assert not out.exists()
 
 

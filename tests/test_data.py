@@ -249,7 +249,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
         (r'{"question": "Why?", "answer": "So \ud83d"}', r"column 'answer' contains an unpaired surrogate, '\ud83d'"),
         (r'{"question": "Why?", "answer": "So.", "\ud83d": 1}', r"column '\ud83d' contains an unpaired surrogate"),
         ('["Why?", "So."]', "a row must be a JSON object, not list"),
-        ('{"question": "Why?", "response": "So."}', "no column 'answer'; the row has question, response"),
+        ('{"question": "Why?", "response": "So."}', "no column 'answer'; the row has 'question', 'response'"),
         ("{}", "no column 'question'; the row has none"),
         ('{"question": "Why?", "answer": 72}', "column 'answer' must be a string, not 72"),
         ('{"question": null, "answer": "So."}', "column 'question' must be a string, not None"),

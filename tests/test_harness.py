@@ -38,8 +38,8 @@ from experiments.harness import (
     packaged,
 )
 from lfu import cli, lora
-from lfu.data.batches import Example
 from lfu.data import tokens
+from lfu.data.batches import Example
 from lfu.data.tokens import ModelTokenizer, load_tokenizer, token_ids
 from lfu.evaluation import loglikelihood as likelihood
 from lfu.evaluation.loglikelihood import EncodingOptions, Item

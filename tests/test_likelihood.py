@@ -270,7 +270,7 @@ def test_greedy_is_every_token(model: tuple[Config, Params]) -> None:
         ("mc2", {"labels": [0, 1, 2]}, "column 'labels' must hold 0 or 1"),
         ("mc2", {"labels": None}, "column 'labels' must be a list, not None"),
         ("mc2", {"labels": [0, 0, 0]}, r"column 'labels' must hold both 0 and 1, not \[0, 0, 0\]"),
-        ("last-word", {}, "no column 'text'; the row has question, choices, answer, labels"),
+        ("last-word", {}, "no column 'text'; the row has 'question', 'choices', 'answer', 'labels'"),
         ("last-word", {"text": "Vesh"}, "column 'text' must be a context, a space and a last word, not 'Vesh'"),
         ("last-word", {"text": "in Vesh "}, "column 'text' must be a context, a space and a last word"),
         ("perplexity", {"text": ""}, "column 'text' is empty"),

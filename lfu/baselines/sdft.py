@@ -70,7 +70,7 @@ RECIPES = {
 def distill_prompt(tokenizer: ModelTokenizer, recipe: Recipe, row: Row) -> list[int]:
     """[BOS] and the prompt that asks for this row's answer in other words."""
     texts = [piece.format(question=row.question, reference=row.answer) for piece in recipe.pieces]
-    return sum(piece_ids(tokenizer, True, texts), [])
+    return [token for piece in piece_ids(tokenizer, True, texts) for token in piece]
 
 
 # --- which answers are taken ----------------------------------------------------------------------

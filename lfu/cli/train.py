@@ -31,10 +31,20 @@ from lfu.cli.options import (
     format_flags,
     option,
     require_counts,
+    require_same_tokens,
 )
 from lfu.data.batches import Example
 from lfu.data.rows import read_rows
-from lfu.data.tokens import LOSS_ON, TEMPLATES, Format, encode_rows, load_tokenizer
+from lfu.data.tokens import (
+    LOSS_ON,
+    TEMPLATES,
+    Format,
+    ModelTokenizer,
+    describe_tokens,
+    encode_rows,
+    load_tokenizer,
+    longest_context,
+)
 from lfu.distributed import process_group, rank_and_world_size
 from lfu.errors import InputError
 from lfu.io.config import Config, read_config
@@ -84,7 +94,7 @@ class TrainOptions(RowsOptions, ModelOptions):
     max_grad_norm: float = option("the gradient of a step is scaled down to this norm", 1.0)
     seed: int = option("seed of initialisation and order", 42)
     template: str = option("how a question becomes a prompt", "alpaca", choices=list(TEMPLATES))
-    bos: bool = option("put the BOS token before the prompt, where the tokenizer does", True)
+    bos: bool | None = option("BOS before the prompt (default: where the tokenizer puts one)", None)
     loss_on: str = option(
         "what carries loss; instruction+answer is Instruction Modelling", "answer", choices=list(LOSS_ON)
     )
@@ -173,14 +183,22 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     config = read_config(folder / "config.json")
     schedule = Settings(**{name: getattr(options, name) for name in Settings._fields})
     validate_settings(schedule)
-    examples = read_examples(options, folder, config)
+    tokenizer = load_tokenizer(folder, config.vocab_size, options.bos)
+    tokens = describe_tokens(tokenizer)
+    if options.adapter is not None:
+        require_same_tokens(Path(options.adapter), tokens)
+    examples = read_examples(options, folder, tokenizer)
     method, chosen = methods.bind(
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
         alpha=options.alpha, lam=options.lam, beta=options.beta, layers=options.layers, norm=options.norm,
         remat=options.remat, compile=options.compile,
     )  # fmt: skip
     start, dtype = initial_adapter(options, folder, config), choose_dtype(options.dtype, folder, device)
-    settings = run_settings(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
+    settings = run_settings(
+        options,
+        folder,
+        chosen | {"dtype": str(dtype).removeprefix("torch."), "bos": options.bos is not False, "tokens": tokens},
+    )
     return Plan(folder, config, schedule, examples, method, start, dtype, settings)
 
 
@@ -189,7 +207,10 @@ def initial_adapter(options: TrainOptions, folder: Path, config: Config) -> lora
     if options.adapter is None:
         return lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
     form = adapter_format(Path(options.adapter), folder)
-    if (Path(options.adapter) / "lfu_config.json").is_file() and form[:2] != (options.template, options.bos):
+    if (Path(options.adapter) / "lfu_config.json").is_file() and form[:2] != (
+        options.template,
+        options.bos is not False,
+    ):
         raise InputError(f"{options.adapter} was trained with other prompts: give {format_flags(form)}.")
     start, scale = lora.load(Path(options.adapter), config)
     rank = len(next(iter(start[0].values())).A)
@@ -201,13 +222,18 @@ def initial_adapter(options: TrainOptions, folder: Path, config: Config) -> lora
     return start
 
 
-def read_examples(options: TrainOptions, folder: Path, config: Config) -> list[Example]:
+def read_examples(options: TrainOptions, folder: Path, tokenizer: ModelTokenizer) -> list[Example]:
     """The tokenised rows; prints how many there are and which were left out."""
-    tokenizer = load_tokenizer(folder, config.vocab_size)
     rows = read_rows(options.data, options.reader())[: options.limit]
-    form = Format(options.template, options.bos, options.loss_on)
+    form = Format(options.template, options.bos is not False, options.loss_on)
     examples, dropped = encode_rows(
-        options.data, rows, tokenizer, form, max_length=options.max_length, drop=options.drop
+        options.data,
+        rows,
+        tokenizer,
+        form,
+        max_length=options.max_length,
+        positions=longest_context(folder),
+        drop=options.drop,
     )
     supervised = sum(example.num_loss_tokens for example in examples)
     print(f"{options.data}: {len(examples)} rows, {supervised} tokens with loss, {len(dropped)} rows left out.")
@@ -237,7 +263,7 @@ def check_output_folder(out: Path, settings: dict[str, Any], resume: bool) -> No
         return
     if not (out / "settings.json").is_file():
         raise InputError(f"{out / 'settings.json'} does not exist: there is no run to continue. Leave out --resume.")
-    before = defaults(TrainOptions) | read_json(out / "settings.json")
+    before = defaults(TrainOptions) | {"tokens": settings["tokens"]} | read_json(out / "settings.json")
     if changed := describe_changes([name for name in settings if name not in MAY_CHANGE], before, settings):
         raise InputError(f"{out} holds another run: {changed}. Give the same settings, or another --out.")
 

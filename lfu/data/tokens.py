@@ -199,7 +199,9 @@ def choose_bos(folder: Path, backend: Tokenizer, put: tuple[int, ...], wanted: b
     # transformers 4's own default, in the two classes that have one
     default = True if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") else None
     says = config.get("add_bos_token", default)
-    if wanted is None and says is not None and bool(says) != bool(put) and (put or bos is not None):
+    if says not in (None, True, False):
+        raise InputError(f"{folder}: add_bos_token must be true or false, not {quote(says)}.")
+    if wanted is None and says is not None and says != bool(put) and (put or bos is not None):
         raise InputError(
             f"{folder}: tokenizer.json puts {'a' if put else 'no'} BOS before a text, but add_bos_token in "
             f"tokenizer_config.json is {json.dumps(says)}. Choose with --bos or --no-bos, or make them agree."
@@ -235,8 +237,11 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def longest_context(folder: Path) -> int | None:
-    """How many tokens the model was made for, if config.json says it."""
-    return read_json(folder / "config.json").get("max_position_embeddings")
+    """How many tokens the model was made for, if config.json says it; InputError if it says so oddly."""
+    positions = read_json(folder / "config.json").get("max_position_embeddings")
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise InputError(f"{folder / 'config.json'}: max_position_embeddings cannot be {quote(positions)}.")
+    return positions
 
 
 def describe_tokens(tokenizer: ModelTokenizer) -> dict[str, Any]:
@@ -291,7 +296,8 @@ def encode_prompt(tokenizer: ModelTokenizer, format: Format, question: str) -> t
     pieces, apart = require_template(format.template).pieces, trains_on_question(format) and question != ""
     parts = [part for piece in pieces for part in (QUESTION.split(piece) if apart else [piece]) if part]
     texts = [part.replace("{question}", question) for part in parts]
-    tokens, instruction = [], range(0)
+    tokens: list[int] = []
+    instruction = range(0)
     for part, ids in zip(parts, piece_ids(tokenizer, format.bos, texts)):
         start = len(tokens) or len(tokenizer.bos if format.bos else ())
         tokens += ids
@@ -358,7 +364,7 @@ def rejection_reason(
     max_length: int,
     positions: int | None = None,
 ) -> str | None:
-    """Why a row cannot be trained on, or None. The prompt of the template plain is the user's, special tokens and all."""
+    """Why a row cannot be trained on, or None. A prompt in the template plain is the user's own, special tokens too."""
     given = example.prompt_length if format.template == "plain" else len(tokenizer.bos) if format.bos else 0
     special = [token for token in example.tokens[given:-1] if token in tokenizer.bos or token in tokenizer.stops]
     if not (is_visible(row.question) and is_visible(row.answer)):

@@ -26,7 +26,7 @@ import numpy as np
 from lfu.data.batches import Example
 from lfu.data.rows import Row, columns, read_rows, require_column, with_line_number
 from lfu.data.tokens import Format, ModelTokenizer, answer_ids, prompt_ids, special_token, text_ids, token_ids
-from lfu.errors import InputError
+from lfu.errors import InputError, quote
 from lfu.evaluation.estimates import Estimate, accuracy, ratio
 from lfu.evaluation.nll import Likelihood, row_likelihoods
 from lfu.lora import Adapter
@@ -56,7 +56,9 @@ def read_choices(row: Row, answer: str) -> Item:
     """Columns: question, choices (strings) and answer (the index of the right one, from 0)."""
     choices, right = choices_of(row), require_column(row.fields, answer, int)
     if type(right) is not int or not 0 <= right < len(choices):
-        raise InputError(f"column {answer!r} must be the index of a choice, 0 to {len(choices) - 1}, not {right!r}.")
+        raise InputError(
+            f"column {quote(answer)} must be the index of a choice, 0 to {len(choices) - 1}, not {quote(right)}."
+        )
     return Item(row, row.question, choices, [right])
 
 
@@ -64,9 +66,13 @@ def read_labelled(row: Row, answer: str) -> Item:
     """Columns: question, choices (strings) and labels (0 or 1 for each choice)."""
     choices, labels = choices_of(row), require_column(row.fields, "labels", list)
     if len(labels) != len(choices) or not all(label in (0, 1) for label in labels):
-        raise InputError(f"column 'labels' must hold 0 or 1 for each of the {len(choices)} choices, not {labels!r}.")
+        raise InputError(
+            f"column 'labels' must hold 0 or 1 for each of the {len(choices)} choices, not {quote(labels)}."
+        )
     if len(set(labels)) == 1:
-        raise InputError(f"column 'labels' must hold both 0 and 1, not {labels!r}: there is nothing to tell apart.")
+        raise InputError(
+            f"column 'labels' must hold both 0 and 1, not {quote(labels)}: there is nothing to tell apart."
+        )
     return Item(row, row.question, choices, [index for index, label in enumerate(labels) if label])
 
 
@@ -74,7 +80,7 @@ def choices_of(row: Row) -> list[str]:
     """The column choices; InputError unless it is at least two texts."""
     choices = require_column(row.fields, "choices", list)
     if len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
-        raise InputError(f"column 'choices' must be two or more strings that are not empty, not {choices!r}.")
+        raise InputError(f"column 'choices' must be two or more strings that are not empty, not {quote(choices)}.")
     return choices
 
 
@@ -82,7 +88,7 @@ def read_last_word(row: Row, answer: str) -> Item:
     """Column: text, whose last word is what follows its last space. As `lm_eval/tasks/lambada`."""
     context, _, word = row.question.rpartition(" ")
     if not context.strip() or not word:
-        raise InputError(f"column 'text' must be a context, a space and a last word, not {row.question!r}.")
+        raise InputError(f"column 'text' must be a context, a space and a last word, not {quote(row.question)}.")
     return Item(row, context, [word], [0])
 
 
@@ -161,7 +167,9 @@ def encode_pair(options: EncodingOptions, item: Item, text: str) -> Example:
     if not given:
         raise InputError("a context without tokens predicts nothing: use a template or the BOS token.")
     if not 0 < len(continuation) <= options.max_length:
-        raise InputError(f"{text!r} adds {len(continuation)} tokens to its context, not 1 to {options.max_length}.")
+        raise InputError(
+            f"{quote(text)} adds {len(continuation)} tokens to its context, not 1 to {options.max_length}."
+        )
     return Example([*given, *continuation], len(given), item.row.number)
 
 

@@ -98,8 +98,8 @@ MODEL = [
     ),
     *mistakes_in(
         "model.attention_mask",
-        ("window one longer", "distance < window)", "distance <= window)", checks.decoder("mistral_v01")),
-        ("window one shorter", "distance < window)", "distance < window - 1)", checks.decoder("mistral_v01")),
+        ("window one longer", "keys > queries", "keys >= queries", checks.decoder("mistral_v01")),
+        ("window one shorter", "queries - window)", "queries - window + 1)", checks.decoder("mistral_v01")),
     ),
     *mistakes_in(
         "model.block",
