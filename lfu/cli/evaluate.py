@@ -117,7 +117,7 @@ def require_consistent(options: EvalOptions) -> None:
     for sentence, applies in refusals.items():
         if applies:
             raise InputError(sentence)
-    if out is not None:
+    if out is not None and not Path(out).exists():
         check_writable(out)
 
 
