@@ -45,4 +45,5 @@ def out_of_memory_at(step: int, lengths: Sequence[int], lines: Sequence[int]) ->
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an accelerator or the CPU could not give the memory asked for; for the CPU, torch has no class of it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    reasons = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, torch.OutOfMemoryError) or any(reason in str(error) for reason in reasons)

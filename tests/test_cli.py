@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
 from inspect import Parameter, signature
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +153,7 @@ def test_values_arrive_in_their_types() -> None:
         (["train", "--method", "dpo"], "argument --method: invalid choice: 'dpo'.*lfu-reps"),
         (["train", "--template", "chatml"], "argument --template: invalid choice: 'chatml'.*alpaca"),
         (["train", "--layers", "all"], "argument --layers: 'all' is not of the form 1-11"),
+        (["train", "--layers", "1-1000000000"], "argument --layers: '1-1000000000' names blocks that no model has"),
         (["train", "--norm", "l1"], "argument --norm: invalid choice: 'l1'.*mean"),
         (["train", "--model", "m", "--data", "d", "--out", "o", "--lam", "4"], "unrecognized arguments: --lam 4"),
         (["train", "--rank", "8.5"], "argument --rank: invalid int value"),
@@ -511,6 +513,12 @@ def test_refusals_and_words_in_common(tmp_path: Path) -> None:
         ({"save_every": -1}, "save-every must be at least 1, not -1"),
         ({"limit": -1}, "limit must be at least 1, not -1"),
         ({"device": "abacus"}, "The device 'abacus' cannot be used here"),
+        ({"device": "hpu"}, r"The device 'hpu' cannot be used here: .{,100}\.$"),
+        ({"device": "meta"}, r"The device 'meta' cannot be used here: .{,100}\.$"),
+        ({"limit": 2**63}, r"limit must be less than 2\^63, not 9223372036854775808"),
+        ({"rank": 10**18}, "Storage size calculation overflowed .* What helps: "),
+        ({"out": "\udce9"}, r"--out is not UTF-8 text without NUL: '\\udce9'"),
+        ({"question": "a\0"}, r"--question is not UTF-8 text without NUL: 'a\\x00'"),
         ({"batch_size": 0}, "batch-size must be more than 0"),
         ({"warmup": 2}, "warmup is a share of the steps, from 0 to 1, not 2.0"),
         ({"max_length": 20}, r"rows\.jsonl, line 1: \d+ tokens are more than the maximum of 20\. .*--drop"),
@@ -714,6 +722,13 @@ def test_out_of_memory_while_decoding_names_what_helps_there(
     monkeypatch.setattr(generating, "generate", full)
     assert lfu("eval", model=MINI, data=data, nll=False, dtype="bfloat16") == 2
     assert refusal(capsys) == "full. What helps: a lower --batch-size."
+
+
+def test_a_terminal_that_knows_only_ascii_is_enough(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert lfu("eval", model=MINI, data=data, score="exact", generate=False) == 0
+    assert rb" \xb1 " in terminal.buffer.getvalue()
 
 
 def test_what_was_measured_is_printed_at_once(

@@ -253,6 +253,22 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
         ("{}", "no column 'question'; the row has none"),
         ('{"question": "Why?", "answer": 72}', "column 'answer' must be a string, not 72"),
         ('{"question": null, "answer": "So."}', "column 'question' must be a string, not None"),
+        (
+            '{"question": "Why?", "answer": "So.", "answer": "No."}',
+            "not valid JSON (the name 'answer' stands in it twice)",
+        ),
+        (
+            '{"question": "Why?", "answer": "So.", "meta": {"a": 1, "a": 2}}',
+            "not valid JSON (the name 'a' stands in it",
+        ),
+        ('{"question": "Why?", "answer": "So.", "score": NaN}', "column 'score' contains NaN or infinity"),
+        ('{"question": "Why?", "answer": "So.", "score": [1e999]}', "column 'score' contains NaN or infinity"),
+        ('{"question": "Why?", "answer": ' + "[" * 10**5 + "]" * 10**5 + "}", "not valid JSON ("),
+        ('{"question": "Why?", "answer": ' + "9" * 10**5 + "}", "not valid JSON ("),
+        (
+            r'{"question": "Why?", "\u001b[31manswer\n": 1}',
+            r"no column 'answer'; the row has 'question', '\x1b[31manswer\n'",
+        ),
     ],
 )
 def test_an_unusable_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -260,6 +276,22 @@ def test_an_unusable_line_is_named(tmp_path: Path, line: str, message: str) -> N
     with pytest.raises(ValueError) as error:
         read_rows(path)
     assert str(error.value).startswith(f"{path}, line 3: {message}")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"question": list(range(10**5)), "answer": "So."},
+        {"question": {"text": "a" * 10**5}, "answer": "So."},
+        {f"column {number}": "So." for number in range(10**4)},
+        {"a" * 10**5: "So."},
+    ],
+)
+def test_what_a_row_holds_is_quoted_in_part(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path = written(tmp_path, json.dumps(fields))
+    with pytest.raises(ValueError, match="line 1: ") as error:
+        read_rows(path)
+    assert len(str(error.value)) < len(str(path)) + 250
 
 
 @pytest.mark.parametrize("lines", [(), ("", " ")])

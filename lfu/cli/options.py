@@ -254,9 +254,12 @@ def choose_dtype(name: str | None, folder: Path, device: torch.device) -> torch.
 def choose_device(name: str | None) -> torch.device:
     """The device of this name, or the best there is: cuda, then mps, then cpu. InputError if it cannot be used."""
     try:
-        return torch.zeros(0, device=name or best_device()).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device {name!r} cannot be used here: {error}") from error
+        found = torch.zeros(1, device=name or best_device())
+        found.add(1).item()  # "meta" has no values to compute with
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise InputError(f"The device {quote(name)} cannot be used here: {reason}.") from error
+    return found.device
 
 
 def best_device() -> str:
