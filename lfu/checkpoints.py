@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lfu import lora
-from lfu.errors import InputError, option_name
+from lfu.errors import InputError, option_name, quote
 from lfu.io.files import new_folder, read_json, sha256, write_json, write_tensors
 from lfu.io.tensors import read_all_tensors
 from lfu.model import Config
@@ -192,6 +192,8 @@ IDENTITIES = {
     "data_sha256": "the data file differs",
     "valid_sha256": "the validation file differs",
     "adapter_sha256": "the adapter to continue from differs",
+    "adapter_files": "the adapter differs",
+    "shots_sha256": "the file of worked examples differs",
 }
 """What is compared by checksum, which says nothing to a reader."""
 
@@ -207,6 +209,6 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     def difference(name: str) -> str:
         if name not in before:
             return f"its {option_name(name)} was not recorded"
-        return IDENTITIES.get(name) or f"{option_name(name)} was {before[name]!r} and is {now[name]!r}"
+        return IDENTITIES.get(name) or f"{option_name(name)} was {quote(before[name])} and is {quote(now[name])}"
 
     return "; ".join(difference(name) for name in now if before.get(name) != now[name])

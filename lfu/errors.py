@@ -11,6 +11,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, where, and what to do."""
 
 
+def quote(value: object) -> str:
+    """A value of the user's for a message: repr, so that nothing in it acts on a terminal, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def option_name(name: str) -> str:
     """A setting as the command line spells it, without its dashes: lambda for `lam`, batch-size for `batch_size`."""
     return {"lam": "lambda"}.get(name, name).replace("_", "-")
@@ -39,4 +45,5 @@ def out_of_memory_at(step: int, lengths: Sequence[int], lines: Sequence[int]) ->
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an accelerator or the CPU could not give the memory asked for; for the CPU, torch has no class of it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    reasons = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, torch.OutOfMemoryError) or any(reason in str(error) for reason in reasons)

@@ -201,8 +201,8 @@ def causal_attention(config: Config, length: int, device: torch.device) -> Atten
 
 def attention_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:  # [...,T], [S] -> [...,T,S] bool
     """Which key positions a query position sees: none ahead, and with a window the last `window`, itself included."""
-    distance = queries[..., None] - keys
-    return (distance >= 0) & (distance < window) if window else distance >= 0
+    queries = queries[..., None]
+    return (keys <= queries) & (keys > queries - window) if window else keys <= queries
 
 
 # --- how the perturbed pass keeps its precision ---------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
 from inspect import Parameter, signature
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,7 +141,7 @@ def test_missing_options_are_named(verb: str, capsys: pytest.CaptureFixture[str]
 def test_the_defaults_are_those_of_the_functions() -> None:
     options = TrainOptions(**REQUIRED["train"])
     assert Settings(**{name: getattr(options, name) for name in Settings._fields}) == Settings()
-    assert Format(options.template, options.bos, options.loss_on) == Format()
+    assert Format(options.template, options.bos is not False, options.loss_on) == Format()
     drawn, functions = DistillOptions(**REQUIRED["distill"]), signature(rewrite_answers).parameters
     shared = [name for name, each in functions.items() if each.default is not Parameter.empty]
     assert {name: getattr(drawn, name) for name in shared} == {name: functions[name].default for name in shared}
@@ -161,6 +162,7 @@ def test_values_arrive_in_their_types() -> None:
         (["train", "--method", "dpo"], "argument --method: invalid choice: 'dpo'.*lfu-reps"),
         (["train", "--template", "chatml"], "argument --template: invalid choice: 'chatml'.*alpaca"),
         (["train", "--layers", "all"], "argument --layers: 'all' is not of the form 1-11"),
+        (["train", "--layers", "1-1000000000"], "argument --layers: '1-1000000000' names blocks that no model has"),
         (["train", "--norm", "l1"], "argument --norm: invalid choice: 'l1'.*mean"),
         (["train", "--model", "m", "--data", "d", "--out", "o", "--lam", "4"], "unrecognized arguments: --lam 4"),
         (["train", "--rank", "8.5"], "argument --rank: invalid int value"),
@@ -222,7 +224,7 @@ def test_a_run_holds_its_settings_its_log_and_its_adapter(run: Path) -> None:
     published = {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0, "norm": "mean", "layers": [1, 2, 3, 4]}
     assert settings | published | {"rank": 8, "template": "plain", "bos": False} == settings
     assert settings.keys() - {each.name for each in fields(TrainOptions)} == {
-        "model_fingerprint", "data_sha256", "valid_sha256", "adapter_sha256", "lfu", "torch"
+        "model_fingerprint", "data_sha256", "valid_sha256", "adapter_sha256", "tokens", "lfu", "torch"
     }  # fmt: skip
     log = read_lines(run / "log.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
@@ -520,11 +522,17 @@ def test_refusals_and_words_in_common(tmp_path: Path) -> None:
         ({"save_every": -1}, "save-every must be at least 1, not -1"),
         ({"limit": -1}, "limit must be at least 1, not -1"),
         ({"device": "abacus"}, "The device 'abacus' cannot be used here"),
+        ({"device": "hpu"}, r"The device 'hpu' cannot be used here: .{,100}\.$"),
+        ({"device": "meta"}, r"The device 'meta' cannot be used here: .{,100}\.$"),
+        ({"limit": 2**63}, r"limit must be less than 2\^63, not 9223372036854775808"),
+        ({"rank": 10**18}, "Storage size calculation overflowed .* What helps: "),
+        ({"out": "\udce9"}, r"--out is not UTF-8 text without NUL: '\\udce9'"),
+        ({"question": "a\0"}, r"--question is not UTF-8 text without NUL: 'a\\x00'"),
         ({"batch_size": 0}, "batch-size must be more than 0"),
         ({"warmup": 2}, "warmup is a share of the steps, from 0 to 1, not 2.0"),
         ({"max_length": 20}, r"rows\.jsonl, line 1: \d+ tokens are more than the maximum of 20\. .*--drop"),
         ({"max_length": 20, "drop": True}, r"rows\.jsonl: no usable rows; line 1: "),
-        ({"question": "prompt"}, r"rows\.jsonl, line 1: no column 'prompt'; the row has question, answer"),
+        ({"question": "prompt"}, r"rows\.jsonl, line 1: no column 'prompt'; the row has 'question', 'answer'"),
         ({"model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
     ],
 )
@@ -601,7 +609,7 @@ def test_train_refuses_a_tokenizer_larger_than_the_model(
     shutil.copytree(folder_of("llama2"), model)
     shutil.copyfile(MINI / "tokenizer.json", model / "tokenizer.json")
     assert lfu("train", model=model, data=data, out=out) == 2
-    assert re.search(r"tokenizer\.json has token ids up to \d+, but .* vocabulary holds 80\.", refusal(capsys))
+    assert re.search(r"line 1: the text has the token id \d+, but .* vocabulary holds 80\.", refusal(capsys))
     assert not out.exists()
 
 
@@ -723,6 +731,13 @@ def test_out_of_memory_while_decoding_names_what_helps_there(
     monkeypatch.setattr(generating, "generate", full)
     assert lfu("eval", model=MINI, data=data, nll=False, dtype="bfloat16") == 2
     assert refusal(capsys) == "full. What helps: a lower --batch-size."
+
+
+def test_a_terminal_that_knows_only_ascii_is_enough(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert lfu("eval", model=MINI, data=data, score="exact", generate=False) == 0
+    assert rb" \xb1 " in terminal.buffer.getvalue()
 
 
 def test_what_was_measured_is_printed_at_once(

@@ -5,6 +5,7 @@ merges sit exactly where a careless implementation would let a prompt grow into 
 """
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def load(tmp_path: Path) -> Callable[..., ModelTokenizer]:
 def small_model_tokenizer(*, bos: bool = True) -> ModelTokenizer:
     """The same without a folder."""
     made = small_tokenizer(bos=bos)
-    return ModelTokenizer(made, bos_ids(made), EOS, frozenset({EOS}))
+    return ModelTokenizer(made, made, bos_ids(made), EOS, frozenset({EOS}), VOCABULARY)
 
 
 def spelled(tokenizer: ModelTokenizer, ids: list[int]) -> list[str]:
@@ -133,7 +134,7 @@ def test_one_bos_where_tokenizer_and_format_want_it(
     actual, expected = tokens_of_a_row(tokenizer_bos, format_bos)
     assert actual == expected
     tokenizer = load(tokenizer_bos)
-    assert tokenizer == small_model_tokenizer(bos=tokenizer_bos)._replace(backend=tokenizer.backend)
+    assert tokenizer[2:] == small_model_tokenizer(bos=tokenizer_bos)[2:]
     example = encode_row(tokenizer, Format("plain", bos=format_bos), Row(5, "Hi", "Yo", {}))
     assert spelled(tokenizer, example.tokens) == expected
     assert example.prompt_length == len(expected) - 3
@@ -248,10 +249,26 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
         (r'{"question": "Why?", "answer": "So \ud83d"}', r"column 'answer' contains an unpaired surrogate, '\ud83d'"),
         (r'{"question": "Why?", "answer": "So.", "\ud83d": 1}', r"column '\ud83d' contains an unpaired surrogate"),
         ('["Why?", "So."]', "a row must be a JSON object, not list"),
-        ('{"question": "Why?", "response": "So."}', "no column 'answer'; the row has question, response"),
+        ('{"question": "Why?", "response": "So."}', "no column 'answer'; the row has 'question', 'response'"),
         ("{}", "no column 'question'; the row has none"),
         ('{"question": "Why?", "answer": 72}', "column 'answer' must be a string, not 72"),
         ('{"question": null, "answer": "So."}', "column 'question' must be a string, not None"),
+        (
+            '{"question": "Why?", "answer": "So.", "answer": "No."}',
+            "not valid JSON (the name 'answer' stands in it twice)",
+        ),
+        (
+            '{"question": "Why?", "answer": "So.", "meta": {"a": 1, "a": 2}}',
+            "not valid JSON (the name 'a' stands in it",
+        ),
+        ('{"question": "Why?", "answer": "So.", "score": NaN}', "column 'score' contains NaN or infinity"),
+        ('{"question": "Why?", "answer": "So.", "score": [1e999]}', "column 'score' contains NaN or infinity"),
+        ('{"question": "Why?", "answer": ' + "[" * 10**5 + "]" * 10**5 + "}", "not valid JSON ("),
+        ('{"question": "Why?", "answer": ' + "9" * 10**5 + "}", "not valid JSON ("),
+        (
+            r'{"question": "Why?", "\u001b[31manswer\n": 1}',
+            r"no column 'answer'; the row has 'question', '\x1b[31manswer\n'",
+        ),
     ],
 )
 def test_an_unusable_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -259,6 +276,22 @@ def test_an_unusable_line_is_named(tmp_path: Path, line: str, message: str) -> N
     with pytest.raises(ValueError) as error:
         read_rows(path)
     assert str(error.value).startswith(f"{path}, line 3: {message}")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"question": list(range(10**5)), "answer": "So."},
+        {"question": {"text": "a" * 10**5}, "answer": "So."},
+        {f"column {number}": "So." for number in range(10**4)},
+        {"a" * 10**5: "So."},
+    ],
+)
+def test_what_a_row_holds_is_quoted_in_part(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path = written(tmp_path, json.dumps(fields))
+    with pytest.raises(ValueError, match="line 1: ") as error:
+        read_rows(path)
+    assert len(str(error.value)) < len(str(path)) + 250
 
 
 @pytest.mark.parametrize("lines", [(), ("", " ")])
@@ -288,7 +321,7 @@ FAULTS = [
     (Row(2, "  ", "Yo", {}), "the question or the answer is empty"),
     (Row(2, "Hi", "\n", {}), "the question or the answer is empty"),
     (Row(2, "Hi", "Hello", {}), "9 tokens are more than the maximum of 8"),
-    (Row(2, "H<s>", "Yo", {}), "the text itself contains the special token <s>"),
+    (Row(2, "Hi", "\u200b\ufeff", {}), "the question or the answer is empty"),
     (Row(2, "Hi", "<s>", {}), "the text itself contains the special token <s>"),
     (Row(2, "Hi", "Yo</s>", {}), "the text itself contains the special token </s>"),
 ]
@@ -323,7 +356,19 @@ def test_if_every_row_is_left_out_there_is_nothing_to_train_on(load: Callable[..
 
 def test_special_tokens_in_the_text_are_named_without_bos_too(load: Callable[..., ModelTokenizer]) -> None:
     with pytest.raises(ValueError, match="special token <s>"):
-        encode_rows("rows.jsonl", [Row(2, "H<s>", "Yo", {})], load(), Format("plain", bos=False))
+        encode_rows("rows.jsonl", [Row(2, "H<s>", "Yo", {})], load(), Format("question", bos=False))
+
+
+def test_a_plain_prompt_is_the_users_own_special_tokens_and_all(load: Callable[..., ModelTokenizer]) -> None:
+    tokenizer = load()
+    (example,), _ = encode_rows("rows.jsonl", [Row(2, "<s>H</s><s>", "Yo", {})], tokenizer, PLAIN)
+    assert spelled(tokenizer, example.tokens) == ["<s>", "H", "</s>", "<s>", "Y", "o", "</s>"]
+
+
+def test_a_row_longer_than_the_model_was_made_for_is_named(load: Callable[..., ModelTokenizer]) -> None:
+    with pytest.raises(ValueError, match=r"line 1: 6 tokens are more than the model's max_position_embeddings, 5\."):
+        encode_rows("rows.jsonl", [GOOD], load(), PLAIN, positions=5)
+    assert encode_rows("rows.jsonl", [GOOD], load(), PLAIN, positions=6)[1] == []
 
 
 def test_no_rows_at_all(load: Callable[..., ModelTokenizer]) -> None:
@@ -380,10 +425,12 @@ def test_a_folder_without_a_usable_eos_is_refused(
         load(config=declared)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(load: Callable[..., ModelTokenizer]) -> None:
-    message = f"token ids up to {VOCABULARY - 1}, but the model's vocabulary holds {VOCABULARY - 1}"
-    with pytest.raises(ValueError, match=message):
-        load(size=VOCABULARY - 1)
+def test_a_token_that_the_model_does_not_have_is_refused_where_it_occurs(load: Callable[..., ModelTokenizer]) -> None:
+    tokenizer = load(size=END)  # <end> is the last one
+    assert len(encode_rows("rows.jsonl", [GOOD], tokenizer, PLAIN)[0]) == 1
+    message = f"rows.jsonl, line 2: the text has the token id {END}, but the model's vocabulary holds {END}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        encode_rows("rows.jsonl", [GOOD, Row(2, "<end>", "Yo", {})], tokenizer, PLAIN)
 
 
 def test_truncation_and_padding_of_the_file_are_switched_off(load: Callable[..., ModelTokenizer]) -> None:

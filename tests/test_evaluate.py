@@ -5,6 +5,7 @@ import random
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,9 @@ from lfu.evaluation.generative import (
     normalised,
     read_questions,
     refusal_scores,
+    require_number,
     strict_answer,
+    token_f1,
 )
 from lfu.evaluation.nll import answer_nll
 from lfu.loss import sft_loss
@@ -388,6 +391,26 @@ def test_the_error_of_the_likelihood_is_the_bootstraps(model: tuple[Config, Para
     resampled = sums[drawn].sum(1) / counts[drawn].sum(1)
     # The bootstrap divides by n, the formula by n - 1, and 20,000 draws have an error of 0.5 %. Measured: 0.6 %.
     assert answer_nll(*model, examples).error == pytest.approx(resampled.std(), rel=0.03)
+
+
+def test_long_references_take_no_longer_than_they_must() -> None:
+    """Quadratic, each of them took more than twenty seconds."""
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="the reference answer is not one"):
+        require_number(Row(1, "", "1" * 10**5 + "x", {}))
+    require_number(Row(1, "", f"#### {'1' * 10**5}", {}))
+    golds = [f"word {number}" for number in range(3000)]
+    assert f1_scores("word 7", golds) == {"em": 2999 / 3000, "f1": pytest.approx((2999 + 0.5) / 3000)}
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("golds", ["a b", ["a b"], ["a b", "a b"], ["a c", "a b", "b"], ["x", "y", "a b c"]])
+def test_f1_leaves_each_gold_out_once(golds: str | list[str]) -> None:
+    """As `lm_eval/tasks/coqa/utils.py` computes it, fold by fold."""
+    listed = [golds] if isinstance(golds, str) else golds
+    folds = [listed[:left] + listed[left + 1 :] for left in range(len(listed))] if len(listed) > 1 else [listed]
+    expected = sum(max(token_f1("b a", gold) for gold in fold) for fold in folds) / len(folds)
+    assert f1_scores("b a", golds)["f1"] == expected
 
 
 # --- the harness' prompt --------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def spelled(tokens: Sequence[int]) -> str:
 def tokenizer(stops: Collection[int] = ()) -> ModelTokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={spelled([token]): token for token in range(VOCABULARY)}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
-    return ModelTokenizer(tokenizer, (), max(stops, default=0), frozenset(stops))
+    return ModelTokenizer(tokenizer, tokenizer, (), max(stops, default=0), frozenset(stops), VOCABULARY)
 
 
 @pytest.fixture(params=KINDS)

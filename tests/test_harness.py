@@ -38,8 +38,9 @@ from experiments.harness import (
     packaged,
 )
 from lfu import cli, lora
+from lfu.data import tokens
 from lfu.data.batches import Example
-from lfu.data.tokens import load_tokenizer, token_ids
+from lfu.data.tokens import ModelTokenizer, load_tokenizer, token_ids
 from lfu.evaluation import loglikelihood as likelihood
 from lfu.evaluation.loglikelihood import EncodingOptions, Item
 from lfu.evaluation.nll import Likelihood
@@ -309,31 +310,35 @@ def per_character_shares(item: Item, found: list[Likelihood]) -> dict[str, Any]:
     return likelihood.share_record(item, shorter) | {"logprobs": [each.logprob for each in found]}
 
 
+def text_ids(options: EncodingOptions, text: str) -> list[int]:
+    return tokens.text_ids(options.tokenizer, options.format.bos, text)
+
+
 def without_space(options: EncodingOptions, context: str, text: str) -> tuple[list[int], list[int]]:
-    given = likelihood.text_ids(options, context.rstrip())
-    return given, likelihood.text_ids(options, context + text)[len(given) :]
+    given = text_ids(options, context.rstrip())
+    return given, text_ids(options, context + text)[len(given) :]
 
 
 def encoded_apart(options: EncodingOptions, context: str, text: str) -> tuple[list[int], list[int]]:
     kept = context.rstrip()
     continuation = token_ids(options.tokenizer, f"{context[len(kept) :]} {text}")
-    return likelihood.text_ids(options, kept) or [options.prefix], continuation
+    return text_ids(options, kept) or [options.prefix], continuation
 
 
 def spaces_left_behind(options: EncodingOptions, context: str, text: str) -> tuple[list[int], list[int]]:
-    given = likelihood.text_ids(options, context)
-    return given, likelihood.text_ids(options, f"{context} {text}")[len(given) :]
+    given = text_ids(options, context)
+    return given, text_ids(options, f"{context} {text}")[len(given) :]
 
 
 def separate_windows(options: EncodingOptions, item: Item) -> list[Example]:
     """The last window has no more context than the others."""
-    tokens = [options.prefix, *likelihood.text_ids(options, item.continuations[0])]
+    tokens = [options.prefix, *text_ids(options, item.continuations[0])]
     starts = range(0, len(tokens) - 1, options.max_length)
     return [Example(tokens[start : start + options.max_length + 1], 1, item.row.number) for start in starts]
 
 
-def without_bos(options: EncodingOptions, text: str) -> list[int]:
-    return token_ids(options.tokenizer, text)
+def without_bos(tokenizer: ModelTokenizer, bos: bool, text: str) -> list[int]:
+    return token_ids(tokenizer, text)
 
 
 def letters_for_bytes(item: Item, found: list[Likelihood]) -> dict[str, Any]:

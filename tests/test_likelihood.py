@@ -14,7 +14,7 @@ from lfu import cli
 from lfu.cli import EvalOptions, main
 from lfu.data.batches import Example
 from lfu.data.rows import Row
-from lfu.data.tokens import Format, ModelTokenizer, load_tokenizer, prompt_ids, token_ids
+from lfu.data.tokens import Format, ModelTokenizer, load_tokenizer, longest_context, prompt_ids, token_ids
 from lfu.errors import InputError
 from lfu.evaluation import loglikelihood as likelihood
 from lfu.evaluation import nll
@@ -26,7 +26,6 @@ from lfu.evaluation.loglikelihood import (
     encode,
     encode_windows,
     likelihoods,
-    longest_context,
     pair_ids,
     prefix_id,
     read_items,
@@ -188,7 +187,7 @@ def test_the_prefix_and_the_context_of_a_folder(tokenizer: ModelTokenizer, tmp_p
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}}')
     assert prefix_id(tmp_path, silent) == 0
     (tmp_path / "config.json").write_text("{}")
-    assert longest_context(tmp_path) == 2048
+    assert longest_context(tmp_path) is None
 
 
 # --- likelihoods ----------------------------------------------------------------------------------
@@ -271,7 +270,7 @@ def test_greedy_is_every_token(model: tuple[Config, Params]) -> None:
         ("mc2", {"labels": [0, 1, 2]}, "column 'labels' must hold 0 or 1"),
         ("mc2", {"labels": None}, "column 'labels' must be a list, not None"),
         ("mc2", {"labels": [0, 0, 0]}, r"column 'labels' must hold both 0 and 1, not \[0, 0, 0\]"),
-        ("last-word", {}, "no column 'text'; the row has question, choices, answer, labels"),
+        ("last-word", {}, "no column 'text'; the row has 'question', 'choices', 'answer', 'labels'"),
         ("last-word", {"text": "Vesh"}, "column 'text' must be a context, a space and a last word, not 'Vesh'"),
         ("last-word", {"text": "in Vesh "}, "column 'text' must be a context, a space and a last word"),
         ("perplexity", {"text": ""}, "column 'text' is empty"),

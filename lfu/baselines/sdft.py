@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lfu.data.rows import Row
-from lfu.data.tokens import ModelTokenizer, token_ids
+from lfu.data.tokens import ModelTokenizer, piece_ids
 from lfu.generate import generate, make_sampler
 from lfu.model import Config, Params
 
@@ -70,7 +70,7 @@ RECIPES = {
 def distill_prompt(tokenizer: ModelTokenizer, recipe: Recipe, row: Row) -> list[int]:
     """[BOS] and the prompt that asks for this row's answer in other words."""
     texts = [piece.format(question=row.question, reference=row.answer) for piece in recipe.pieces]
-    return [*tokenizer.bos, *(token for text in texts for token in token_ids(tokenizer, text))]
+    return [token for piece in piece_ids(tokenizer, True, texts) for token in piece]
 
 
 # --- which answers are taken ----------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """`lfu distill`: a data set with its answers in the model's own words. Read next: `bench.py`."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from lfu.cli.options import (
     option,
     require_counts,
 )
-from lfu.data.rows import Row, get_layout, read_row, read_rows
+from lfu.data.rows import Row, complete_lines, get_layout, json_line, read_row, read_rows
 from lfu.errors import InputError
 from lfu.io.files import read_json, write_json, write_text
 from lfu.io.huggingface import fingerprint
@@ -124,7 +123,7 @@ def write_answers(
     with open(options.out, mode, encoding="utf-8") as file, tqdm(total=len(rows), initial=first, unit="row") as bar:
         for batch in batches:
             for row, answer in zip(rows[first + len(written) :], batch):
-                file.write(json.dumps(with_answer(options, row, answer.text), ensure_ascii=False) + "\n")
+                file.write(json_line(with_answer(options, row, answer.text)))
             file.flush()
             bar.update(len(batch))
             written += batch
@@ -154,8 +153,7 @@ def read_previous_answers(out: Path, record: Path, options: DistillOptions, rows
         return []
     if not out.is_file():
         raise InputError(f"{out} does not exist: there is nothing to continue. Leave out --resume.")
-    held = out.read_bytes()
-    lines = held[: held.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
+    lines = complete_lines(out)
     layout = get_layout("columns", options.question, options.answer)
     found = [read_row(out, number, line, layout) for number, line in enumerate(lines, 1)]
     if [row.fields for row in found] != [with_answer(options, row, old.answer) for row, old in zip(rows, found)]:

@@ -1,15 +1,16 @@
 """`lfu eval`: scores of generated answers, of reference answers, and by likelihood. Read next: `generate.py`."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from lfu import generate as generating
+from lfu.checkpoints import describe_changes
 from lfu.cli.options import (
     InferenceOptions,
     PromptSetup,
@@ -22,20 +23,24 @@ from lfu.cli.options import (
     require_counts,
 )
 from lfu.data.batches import Example
-from lfu.data.rows import Row, read_rows
-from lfu.data.tokens import TEMPLATES, encode_row
+from lfu.data.rows import Row, complete_lines, json_line, json_object, read_rows, require_column, with_line_number
+from lfu.data.tokens import TEMPLATES, describe_tokens, encode_row
 from lfu.errors import InputError, option_name
 from lfu.evaluation import generative as evaluating
 from lfu.evaluation import loglikelihood as likelihoods
 from lfu.evaluation.estimates import Estimate, accuracy
-from lfu.evaluation.nll import answer_nll
+from lfu.evaluation.nll import Likelihood, answer_nll
+from lfu.io.files import read_json, sha256, write_json, write_text
+from lfu.io.huggingface import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(RowsOptions, InferenceOptions):
     data: str = option("JSONL file of questions and reference answers, of choices, or of texts")
     answer: str = option("name of the answer column: a text, of f1 also texts, of choices the index from 0", "answer")
-    out: str | None = option("JSONL file for the predictions, written as they come; must not exist", None)
+    out: str | None = option(
+        "JSONL file for the predictions, written as they come; the same command continues one that was cut off", None
+    )
     score: str = option(
         "of generated answers, gsm8k: strict and flexible; exact: equal text; f1: words in common; refusal: how many "
         "are none. By likelihood, choices: acc and acc_norm; mc2: share of the true ones; last-word; perplexity",
@@ -51,6 +56,7 @@ class EvalOptions(RowsOptions, InferenceOptions):
     shots: int = option("worked examples in the harness prompt", 0)
     shots_data: str | None = option("JSONL file to draw the worked examples from", None)
     seed: int = option("seed of the worked examples", 42)
+    drop: bool = option("leave out rows that cannot be asked or compared, instead of stopping", False)
     generate: bool = option("generate answers and score them", True)
     nll: bool | None = option(
         "measure the likelihood of the reference answers, in the template (default: with gsm8k and exact)", None
@@ -90,7 +96,7 @@ def require_consistent(options: EvalOptions) -> None:
         "--no-generate and --no-nll together leave nothing to do.": not options.generate and options.nll is False,
         "--out is for predictions; with --no-generate there are none.": out is not None and not options.generate,
         f"{out} exists already; predictions are never overwritten. Choose another --out.": (
-            out is not None and Path(out).exists()
+            out is not None and Path(out).exists() and not unfinished(out).is_file()
         ),
         "Worked examples belong to the harness prompt: add --prompt harness.": (
             not harness and (options.shots or options.shots_data)
@@ -111,7 +117,7 @@ def require_consistent(options: EvalOptions) -> None:
     for sentence, applies in refusals.items():
         if applies:
             raise InputError(sentence)
-    if out is not None:
+    if out is not None and not Path(out).exists():
         check_writable(out)
 
 
@@ -119,7 +125,7 @@ def require_effect(options: EvalOptions) -> None:
     """InputError for an option that the score does not look at."""
     score, likely = options.score, likelihoods.SCORES.get(options.score)
     unused = [] if score in evaluating.WITH_REFERENCES else ["nll", "generate", "layout"]
-    unused += ["shots", "shots_data", "seed", "max_new_tokens"] if likely else ["max_length"]
+    unused += ["shots", "shots_data", "seed", "max_new_tokens", "drop"] if likely else ["max_length"]
     unused += ["question", "template", "prompt"] if likely and not likely.asks else []
     unused += ["answer"] if score in ("refusal", "mc2", "last-word", "perplexity") else []
     given = [each.name for each in fields(options) if getattr(options, each.name) != each.default]
@@ -135,12 +141,15 @@ def by_answers(options: EvalOptions) -> Iterator[Described]:
     """The likelihood of the reference answers; then generated answers, scored."""
     columns = {"question": options.question, "answer": options.answer}
     rows = evaluating.read_questions(options.data, options.score, options.reader(), **columns)[: options.limit]
-    if options.generate and options.score == "gsm8k":
-        evaluating.require_numbers(options.data, rows)
+    names = [*evaluating.SCORES[options.score]("", "")]
+    require_free_columns(options, rows, ["prediction", "finished", *names])
     setup = load_prompt_setup(options)
-    measured = rows if options.nll is not False and options.score in evaluating.WITH_REFERENCES else []
+    rows = usable_rows(options, setup, rows)
+    done = read_unfinished(options, setup)
+    asked = [row for row in rows if row.number not in done]
+    measured = rows if measures_likelihood(options) else []
     examples = [answer_alone(encode_row(setup.tokenizer, setup.format, row)) for row in measured]
-    prompts, stop = build_prompts(options, setup, rows) if options.generate else ([], ())
+    prompts, stop = build_prompts(options, setup, asked) if options.generate else ([], ())
     loaded = load_model(options, setup)
     if examples:
         nll = answer_nll(loaded.config, loaded.base, examples, loaded.adapters, batch_size=options.batch_size)
@@ -150,37 +159,85 @@ def by_answers(options: EvalOptions) -> Iterator[Described]:
             loaded.config, loaded.base, setup.tokenizer, prompts, loaded.adapters,
             max_new_tokens=options.max_new_tokens, stop=stop, batch_size=options.batch_size,
         )  # fmt: skip
-        hits = score_answers(options, rows, answers)
+        done |= score_answers(options, setup, asked, answers)
         how = f"harness prompt, {options.shots}-shot" if options.prompt == "harness" else describe_prompt(setup)
         how += f", greedy, at most {options.max_new_tokens} new tokens"
-        yield from ((name, accuracy([hit[name] for hit in hits]), how) for name in hits[0])
+        yield from ((name, accuracy([done[row.number][name] for row in rows]), how) for name in names)
+
+
+def measures_likelihood(options: EvalOptions) -> bool:
+    """Whether the likelihood of the reference answers is wanted."""
+    return options.nll is not False and options.score in evaluating.WITH_REFERENCES
+
+
+def usable_rows(options: EvalOptions, setup: PromptSetup, rows: list[Row]) -> list[Row]:
+    """The rows that can be asked and compared; with --drop without the others, and it is said which these are."""
+    usable = []
+    for row in rows:
+        try:
+            with_line_number(options.data, row, require_usable, options, setup, row)
+            usable.append(row)
+        except InputError as error:
+            if not options.drop:
+                raise InputError(f"{error} Rows like this one can be left out with --drop.") from error
+            print(f"left out: {error}")
+    if not usable:
+        raise InputError(f"{options.data}: no usable rows.")
+    return usable
+
+
+def require_usable(options: EvalOptions, setup: PromptSetup, row: Row) -> None:
+    """InputError for a row that cannot be asked, or whose reference answer cannot be compared or measured."""
+    if options.generate and options.score == "gsm8k":
+        evaluating.require_number(row)
+    if options.generate and options.prompt == "own":
+        encode_question(setup, row.question, options.max_new_tokens)
+    if measures_likelihood(options):
+        length = len(encode_row(setup.tokenizer, setup.format, row).tokens)
+        if setup.positions is not None and length > setup.positions:
+            raise InputError(f"{length} tokens are more than the model's max_position_embeddings, {setup.positions}.")
 
 
 def build_prompts(options: EvalOptions, setup: PromptSetup, rows: list[Row]) -> tuple[list[list[int]], Sequence[str]]:
     """The prompts, and the strings that end an answer."""
     tokenizer, form = setup.tokenizer, setup.format
     if options.prompt == "own":
-        prompts = [encode_question(setup, row.question, f"{options.data}, line {row.number}") for row in rows]
-        return prompts, TEMPLATES[form.template].stops
+        return [encode_question(setup, row.question, options.max_new_tokens) for row in rows], TEMPLATES[
+            form.template
+        ].stops
+    if ignored := evaluating.ignored_settings(setup.folder):
+        print(
+            f"lm-evaluation-harness would obey generation_config.json's {', '.join(ignored)}; lfu does not.",
+            file=sys.stderr,
+        )
     pool = read_rows(options.shots_data, options.reader()) if options.shots_data else []
     shots = [evaluating.draw_shots(pool, options.shots, options.seed, row) for row in rows]
     prompts = [evaluating.harness_prompt(tokenizer, row, drawn, bos=form.bos) for row, drawn in zip(rows, shots)]
-    return prompts, evaluating.HARNESS_STOPS
+    return last_tokens(prompts, (setup.positions or 2048) - options.max_new_tokens), evaluating.HARNESS_STOPS
+
+
+def last_tokens(prompts: list[list[int]], room: int) -> list[list[int]]:
+    """The end of each prompt that fits beside the new tokens, as in `HFLM.generate_until`; says how many are cut."""
+    if room < 1:
+        raise InputError("The model has no room for a prompt beside so many new tokens: give a lower --max-new-tokens.")
+    if cut := sum(len(prompt) > room for prompt in prompts):
+        print(f"{cut} prompts are longer than {room} tokens and lose their beginning.")
+    return [prompt[-room:] for prompt in prompts]
 
 
 def score_answers(
-    options: EvalOptions, rows: list[Row], answers: Iterator[tuple[int, generating.Completion]]
-) -> list[Mapping[str, float]]:
-    """The scores of every row; each prediction is written as soon as its batch is done."""
+    options: EvalOptions, setup: PromptSetup, rows: list[Row], answers: Iterator[tuple[int, generating.Completion]]
+) -> dict[int, dict[str, float]]:
+    """The scores of every row, by its number; each prediction is written as soon as its batch is done."""
     score = evaluating.SCORES[options.score]
-    hits: list[Mapping[str, float]] = [{} for _ in rows]
-    with predictions(options) as write:
+    hits: dict[int, dict[str, float]] = {}
+    with predictions(options, setup) as write:
         for index, completion in tqdm(answers, total=len(rows), unit="row"):
             row = rows[index]
             gold = row.answer if options.score in evaluating.WITH_REFERENCES else row.fields.get(options.answer)
-            hits[index] = score(completion.text, gold)
+            hits[row.number] = {**score(completion.text, gold)}
             found = {"prediction": completion.text, "finished": completion.finished}
-            write(row, found | hits[index])
+            write(row, found | hits[row.number])
     return hits
 
 
@@ -189,42 +246,97 @@ def by_likelihood(options: EvalOptions) -> Iterator[Described]:
     score = likelihoods.SCORES[options.score]
     columns = {"question": options.question, "answer": options.answer}
     items = likelihoods.read_items(options.data, options.score, **columns)[: options.limit]
+    names = [*score.record(items[0], [Likelihood(0.0, True)] * len(items[0].continuations))]
+    require_free_columns(options, [item.row for item in items], names)
     setup = load_prompt_setup(options)
-    folder, _, tokenizer, form = setup
-    length = options.max_length or likelihoods.longest_context(folder)
+    length = options.max_length or setup.positions or 2048  # `resolve_max_length` in `lm_eval/models/utils.py`
     use_template = score.asks and options.prompt == "own"
-    encoding = likelihoods.EncodingOptions(
-        tokenizer, form, use_template, likelihoods.prefix_id(folder, tokenizer), length
-    )
+    prefix = likelihoods.prefix_id(setup.folder, setup.tokenizer)
+    encoding = likelihoods.EncodingOptions(setup.tokenizer, setup.format, use_template, prefix, length)
     examples, cut = likelihoods.encode(options.data, options.score, encoding, items)
     if cut:
         print(f"{cut} contexts are too long for {length} tokens at once and lose their beginning.")
+    records = read_unfinished(options, setup)
+    left = [index for index, item in enumerate(items) if item.row.number not in records]
     loaded = load_model(options, setup)
     found = likelihoods.likelihoods(
-        loaded.config, loaded.base, examples, loaded.adapters, batch_size=options.batch_size
+        loaded.config, loaded.base, [examples[index] for index in left], loaded.adapters, batch_size=options.batch_size
     )
-    records: list[dict[str, Any]] = [{} for _ in items]
-    with predictions(options) as write:
-        for index, each in tqdm(found, total=len(items), unit="row"):
-            records[index] = score.record(items[index], each)
-            write(items[index].row, records[index])
+    with predictions(options, setup) as write:
+        for place, each in tqdm(found, total=len(left), unit="row"):
+            item = items[left[place]]
+            records[item.row.number] = score.record(item, each)
+            write(item.row, records[item.row.number])
     how = f"{describe_prompt(setup, use_template)}, at most {length} tokens at once"
-    yield from ((name, value, how) for name, value in score.estimates(records).items())
+    estimates = score.estimates([records[item.row.number] for item in items])
+    yield from ((name, value, how) for name, value in estimates.items())
+
+
+# --- predictions on disk ---------------------------------------------------------------------------
+
+
+def unfinished(out: str) -> Path:
+    """Beside --out until all its rows are there: what the evaluation is, so that the same one can continue it."""
+    return Path(f"{out}.unfinished")
+
+
+def require_free_columns(options: EvalOptions, rows: list[Row], names: list[str]) -> None:
+    """InputError where --out would overwrite a column of the data."""
+    taken = [(row, name) for row in rows for name in ["row", *names] if name in row.fields]
+    if options.out and taken:
+        row, name = taken[0]
+        raise InputError(
+            f"{options.data}, line {row.number}: --out has a column {name!r} of its own; rename that of the data."
+        )
+
+
+def identity(options: EvalOptions, setup: PromptSetup) -> dict[str, Any]:
+    """All that decides what --out holds."""
+    files = ("model", "adapter", "data", "shots_data", "out", "device", "batch_size")
+    chosen = {name: value for name, value in asdict(options).items() if name not in files}
+    adapter = sorted(Path(options.adapter).glob("adapter_*")) if options.adapter else []
+    return chosen | {
+        "model_fingerprint": fingerprint(setup.folder),
+        "adapter_files": [sha256(path) for path in adapter],
+        "data_sha256": sha256(Path(options.data)),
+        "shots_sha256": sha256(Path(options.shots_data)) if options.shots_data else None,
+        "format": setup.format._asdict(),
+        "tokens": describe_tokens(setup.tokenizer),
+    }
+
+
+def read_unfinished(options: EvalOptions, setup: PromptSetup) -> dict[int, Any]:
+    """What an evaluation that was cut off left in --out, by the number of the row; half a line at its end is removed.
+
+    InputError if that was another evaluation.
+    """
+    if not options.out or not unfinished(options.out).is_file():
+        return {}
+    out, before, now = Path(options.out), read_json(unfinished(options.out)), identity(options, setup)
+    if changed := describe_changes(before, now):
+        raise InputError(f"{out} holds part of another evaluation: {changed}. Give the same options, or another --out.")
+    lines = complete_lines(out)
+    write_text(out, "".join(f"{line}\n" for line in lines))
+    print(f"{out}: continued after {len(lines)} rows.")
+    found = [json_object(line) for line in lines]
+    return {require_column(fields, "row", int): fields for fields in found}
 
 
 @contextmanager
-def predictions(options: EvalOptions) -> Iterator[Callable[[Row, dict[str, Any]], None]]:
+def predictions(options: EvalOptions, setup: PromptSetup) -> Iterator[Callable[[Row, dict[str, Any]], None]]:
     """A function that adds a row and what was found for it to --out, at once; without --out it does nothing."""
-    if options.out:
-        Path(options.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "x", encoding="utf-8") if options.out else nullcontext() as file:
+    if not options.out:
+        yield lambda row, found: None
+        return
+    write_json(unfinished(options.out), identity(options, setup))
+    with open(options.out, "a", encoding="utf-8") as file:
 
         def write(row: Row, found: dict[str, Any]) -> None:
-            if file:
-                file.write(json.dumps(row.fields | {"row": row.number} | found, ensure_ascii=False) + "\n")
-                file.flush()
+            file.write(json_line(row.fields | {"row": row.number} | found))
+            file.flush()
 
         yield write
+    unfinished(options.out).unlink()
 
 
 def describe_prompt(setup: PromptSetup, in_template: bool = True) -> str:

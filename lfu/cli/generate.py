@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lfu import generate as generating
 from lfu.cli.options import InferenceOptions, encode_question, load_model, load_prompt_setup, option, require_counts
 from lfu.data.tokens import TEMPLATES
+from lfu.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,10 @@ def generate(options: GenerateOptions) -> str:
     """Answer one question greedily; prints and returns the answer."""
     require_counts(options, "max_new_tokens")
     setup = load_prompt_setup(options)
-    prompt = encode_question(setup, options.question, "--question")
+    try:
+        prompt = encode_question(setup, options.question, options.max_new_tokens)
+    except InputError as error:
+        raise InputError(f"--question: {error}") from error
     loaded = load_model(options, setup)
     ((_, completion),) = generating.generate(
         loaded.config, loaded.base, setup.tokenizer, [prompt], loaded.adapters,

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
+from io import TextIOWrapper
 from typing import Any
 
 from lfu import __version__
@@ -22,7 +23,7 @@ from lfu.cli.merge import MergeOptions, merge
 from lfu.cli.plot import PlotOptions, plot
 from lfu.cli.runs import RunsOptions, runs
 from lfu.cli.train import TrainOptions, train
-from lfu.errors import InputError, is_out_of_memory, option_name
+from lfu.errors import InputError, is_out_of_memory, option_name, quote
 from lfu.evaluation import loglikelihood as likelihoods
 from lfu.methods import METHODS
 
@@ -41,9 +42,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Input that cannot be used ends in one sentence and status 2."""
     keep_freed_memory()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal knows the letters of an answer, or ±
     parsed = vars(parser().parse_args(arguments))
     options, run, _ = COMMANDS[parsed.pop("command")]
     try:
+        require_text(parsed)
         run(options(**parsed))
     except (InputError, FloatingPointError, OSError) as error:
         print(f"lfu: {error}", file=sys.stderr)
@@ -57,6 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lfu: {str(interrupt) or 'Interrupted.'}", file=sys.stderr)
         return 130
     return 0
+
+
+def require_text(parsed: dict[str, Any]) -> None:
+    """InputError for an option that no file could record."""
+    for name, value in parsed.items():
+        if isinstance(value, str) and ("\0" in value or value != value.encode(errors="ignore").decode()):
+            raise InputError(f"--{option_name(name)} is not UTF-8 text without NUL: {quote(value)}.")
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

@@ -16,9 +16,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lfu import lora, model
+from lfu.checkpoints import describe_changes
 from lfu.data.rows import LAYOUTS, Layout, get_layout
-from lfu.data.tokens import TEMPLATES, Format, ModelTokenizer, load_tokenizer, prompt_ids
-from lfu.errors import InputError, option_name
+from lfu.data.tokens import (
+    TEMPLATES,
+    Format,
+    ModelTokenizer,
+    describe_tokens,
+    load_tokenizer,
+    longest_context,
+    prompt_ids,
+)
+from lfu.errors import InputError, option_name, quote
 from lfu.io.config import Config, read_config
 from lfu.io.files import read_json
 from lfu.io.huggingface import fingerprint, resolve_model
@@ -31,6 +40,9 @@ def option(help: str, default: Any = MISSING, **how: Any) -> Any:
     return field(default=default, metadata={"help": help, **how})
 
 
+MOST_BLOCKS = 10_000
+
+
 def block_numbers(text: str) -> list[int]:
     """Block numbers such as "1-11" or "1,4,9-12"."""
     try:
@@ -39,15 +51,18 @@ def block_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1-11 or 1,4,9-12") from error
     if any(span[0] > span[-1] or len(span) > 2 for span in spans):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1-11 or 1,4,9-12")
+    if max(span[-1] for span in spans) > MOST_BLOCKS:
+        raise argparse.ArgumentTypeError(f"{text!r} names blocks that no model has")
     return [number for span in spans for number in range(span[0], span[-1] + 1)]
 
 
 def require_counts(options: Any, *names: str, least: int = 1) -> None:
-    """InputError for an option that is given and smaller than `least`."""
+    """InputError for an option that is given and smaller than `least`, or too large for a tensor's size."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"{option_name(name)} must be at least {least}, not {value}.")
+        if value is not None and not least <= value < 2**63:
+            bound = f"at least {least}" if value < least else "less than 2^63"
+            raise InputError(f"{option_name(name)} must be {bound}, not {quote(value)}.")
 
 
 def check_writable(out: str | Path) -> None:
@@ -92,7 +107,9 @@ class InferenceOptions(ModelOptions):
     template: str | None = option(
         "prompt template (default: the adapter's, else alpaca)", None, choices=list(TEMPLATES)
     )
-    bos: bool | None = option("BOS before the prompt (default: as the adapter was trained)", None)
+    bos: bool | None = option(
+        "BOS before the prompt (default: as the adapter was trained, or the tokenizer does)", None
+    )
 
 
 class PromptSetup(NamedTuple):
@@ -102,6 +119,7 @@ class PromptSetup(NamedTuple):
     config: Config
     tokenizer: ModelTokenizer
     format: Format
+    positions: int | None  # how many tokens the model was made for, if config.json says it
 
 
 class LoadedModel(NamedTuple):
@@ -117,18 +135,34 @@ def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
     folder = resolve_model(options.model)
     config = read_config(folder / "config.json")
     stored = adapter_format(Path(options.adapter), folder) if options.adapter else Format()
+    recorded = recorded_tokens(Path(options.adapter)) if options.adapter else {}
     form = stored._replace(
         template=stored.template if options.template is None else options.template,
         bos=stored.bos if options.bos is None else options.bos,
     )
-    return PromptSetup(folder, config, load_tokenizer(folder, config.vocab_size), form)
+    tokenizer = load_tokenizer(folder, config.vocab_size, wanted_bos(options.bos, stored, recorded))
+    if options.adapter:
+        require_same_tokens(Path(options.adapter), describe_tokens(tokenizer), bos=options.bos is None)
+    return PromptSetup(folder, config, tokenizer, form, longest_context(folder))
 
 
-def encode_question(setup: PromptSetup, question: str, where: str) -> list[int]:
-    """A question's prompt. InputError, naming where it stands, if there is no token to continue from."""
-    prompt = prompt_ids(setup.tokenizer, setup.format, question)
+def wanted_bos(given: bool | None, stored: Format, recorded: dict[str, Any]) -> bool | None:
+    """Whether there is to be a BOS: as given, else as the adapter was trained, else (None) as the tokenizer does."""
+    if given is not None or not stored.bos:
+        return bool(given)
+    return bool(recorded.get("bos")) if recorded else None
+
+
+def encode_question(setup: PromptSetup, question: str, max_new_tokens: int) -> list[int]:
+    """A question's prompt. InputError if there is no token to continue from, or no room for as many new ones."""
+    prompt, room = prompt_ids(setup.tokenizer, setup.format, question), setup.positions
     if not prompt:
-        raise InputError(f"{where}: the question is empty, and neither template nor BOS puts a token before an answer.")
+        raise InputError("the question is empty, and neither template nor BOS puts a token before an answer.")
+    if room is not None and len(prompt) + max_new_tokens > room:
+        raise InputError(
+            f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's "
+            f"max_position_embeddings, {room}. Give a lower --max-new-tokens, or a shorter question."
+        )
     return prompt
 
 
@@ -161,6 +195,25 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
     return Format(**{name: settings[name] for name in Format._fields if name in settings})
 
 
+def recorded_tokens(adapter: Path) -> dict[str, Any]:
+    """The special tokens of an adapter's training; empty where version 0.1.0, or another program, recorded none."""
+    path = adapter / "lfu_config.json"
+    tokens = read_json(path).get("tokens", {}) if path.is_file() else {}
+    if not isinstance(tokens, dict):
+        raise InputError(f"{path}: tokens must be a JSON object, not {quote(tokens)}.")
+    return tokens
+
+
+def require_same_tokens(adapter: Path, tokens: dict[str, Any], *, bos: bool = True) -> None:
+    """InputError where an adapter was trained with other special tokens than these; BOS is compared if `bos` is set."""
+    before = recorded_tokens(adapter)
+    if changed := describe_changes(before, {name: tokens.get(name) for name in before if bos or name != "bos"}):
+        raise InputError(
+            f"{adapter} was trained with other special tokens: {changed}. Undo the change to tokenizer_config.json or "
+            "generation_config.json, or, if it is meant, remove tokens from lfu_config.json."
+        )
+
+
 def format_flags(form: Format) -> str:
     """What to type to ask in this format."""
     return f"--template {form.template} --{'' if form.bos else 'no-'}bos"
@@ -183,9 +236,12 @@ def choose_dtype(name: str | None, folder: Path, device: torch.device) -> torch.
 def choose_device(name: str | None) -> torch.device:
     """The device of this name, or the best there is: cuda, then mps, then cpu. InputError if it cannot be used."""
     try:
-        return torch.zeros(0, device=name or best_device()).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device {name!r} cannot be used here: {error}") from error
+        found = torch.zeros(1, device=name or best_device())
+        found.add(1).item()  # "meta" has no values to compute with
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise InputError(f"The device {quote(name)} cannot be used here: {reason}.") from error
+    return found.device
 
 
 def best_device() -> str:

@@ -28,10 +28,20 @@ from lfu.cli.options import (
     format_flags,
     option,
     require_counts,
+    require_same_tokens,
 )
 from lfu.data.batches import Example
 from lfu.data.rows import read_rows
-from lfu.data.tokens import LOSS_ON, TEMPLATES, Format, encode_rows, load_tokenizer
+from lfu.data.tokens import (
+    LOSS_ON,
+    TEMPLATES,
+    Format,
+    ModelTokenizer,
+    describe_tokens,
+    encode_rows,
+    load_tokenizer,
+    longest_context,
+)
 from lfu.distributed import process_group, rank_and_world_size
 from lfu.errors import InputError
 from lfu.io.config import Config, read_config
@@ -90,7 +100,7 @@ class TrainOptions(RowsOptions, ModelOptions):
     max_grad_norm: float = option("the gradient of a step is scaled down to this norm", SCHEDULE.max_grad_norm)
     seed: int = option("seed of initialisation and order", SCHEDULE.seed)
     template: str = option("how a question becomes a prompt", "alpaca", choices=list(TEMPLATES))
-    bos: bool = option("put the BOS token before the prompt, where the tokenizer does", True)
+    bos: bool | None = option("BOS before the prompt (default: where the tokenizer puts one)", None)
     loss_on: str = option(
         "what carries loss; instruction+answer is Instruction Modelling", "answer", choices=list(LOSS_ON)
     )
@@ -118,7 +128,7 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     if processes > 1 and plan.method.is_stateful:
         raise InputError(f"The method {options.method} goes through the micro-batches in turn: train in one process.")
     if number == 0:
-        check_folder(out, plan.record, options.resume, defaults(TrainOptions))
+        check_folder(out, plan.record, options.resume, defaults(TrainOptions) | {"tokens": plan.record["tokens"]})
         check_writable(out)
     config, base = model.load(plan.folder, dtype=plan.dtype, device=device)
     task = tree_map(partial(Tensor.to, device=device, dtype=model.stream_dtype(base), copy=True), plan.start)
@@ -155,14 +165,19 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     config = read_config(folder / "config.json")
     schedule = Settings(**{name: getattr(options, name) for name in Settings._fields})
     validate_settings(schedule)
-    examples, validation = split_examples(options, folder, config)
+    tokenizer = load_tokenizer(folder, config.vocab_size, options.bos)
+    tokens = describe_tokens(tokenizer)
+    if options.adapter is not None:
+        require_same_tokens(Path(options.adapter), tokens)
+    examples, validation = split_examples(options, folder, tokenizer)
     method, chosen = methods.bind(
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
         alpha=options.alpha, lam=options.lam, beta=options.beta, layers=options.layers, norm=options.norm,
         remat=options.remat, compile=options.compile,
     )  # fmt: skip
     start, dtype = initial_adapter(options, folder, config), choose_dtype(options.dtype, folder, device)
-    record = record_run(options, folder, chosen | {"dtype": str(dtype).removeprefix("torch.")})
+    chosen |= {"dtype": str(dtype).removeprefix("torch."), "bos": options.bos is not False, "tokens": tokens}
+    record = record_run(options, folder, chosen)
     return Plan(folder, config, schedule, examples, validation, method, start, dtype, record)
 
 
@@ -171,7 +186,10 @@ def initial_adapter(options: TrainOptions, folder: Path, config: Config) -> lora
     if options.adapter is None:
         return lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
     form = adapter_format(Path(options.adapter), folder)
-    if (Path(options.adapter) / "lfu_config.json").is_file() and form[:2] != (options.template, options.bos):
+    if (Path(options.adapter) / "lfu_config.json").is_file() and form[:2] != (
+        options.template,
+        options.bos is not False,
+    ):
         raise InputError(f"{options.adapter} was trained with other prompts: give {format_flags(form)}.")
     start, scale = lora.load(Path(options.adapter), config)
     rank = len(next(iter(start[0].values())).A)
@@ -183,17 +201,19 @@ def initial_adapter(options: TrainOptions, folder: Path, config: Config) -> lora
     return start
 
 
-def split_examples(options: TrainOptions, folder: Path, config: Config) -> tuple[list[Example], Validation | None]:
+def split_examples(
+    options: TrainOptions, folder: Path, tokenizer: ModelTokenizer
+) -> tuple[list[Example], Validation | None]:
     """The rows to train on, and those for validation, if there are any."""
     if options.valid is not None and options.hold_back is not None:
         raise InputError("valid and hold-back exclude each other: give the file, or a number of rows.")
     if options.valid is None and options.hold_back is None:
         if options.eval_every is not None or options.patience is not None:
             raise InputError("eval-every and patience need rows for validation: give --valid or --hold-back.")
-        return read_examples(options, options.data, folder, config), None
-    examples = read_examples(options, options.data, folder, config)
+        return read_examples(options, options.data, folder, tokenizer), None
+    examples = read_examples(options, options.data, folder, tokenizer)
     if options.valid is not None:
-        held = read_examples(options, options.valid, folder, config)
+        held = read_examples(options, options.valid, folder, tokenizer)
     else:
         examples, held = hold_back(examples, options.hold_back or 0, options.seed)
         lines = first_few([str(example.line_number) for example in held], 10)
@@ -201,12 +221,13 @@ def split_examples(options: TrainOptions, folder: Path, config: Config) -> tuple
     return examples, Validation(held, options.eval_every, options.patience)
 
 
-def read_examples(options: TrainOptions, data: str, folder: Path, config: Config) -> list[Example]:
+def read_examples(options: TrainOptions, data: str, folder: Path, tokenizer: ModelTokenizer) -> list[Example]:
     """The tokenised rows of a file; prints how many there are and which were left out."""
-    tokenizer = load_tokenizer(folder, config.vocab_size)
     rows = read_rows(data, options.reader())[: options.limit if data == options.data else None]
-    form = Format(options.template, options.bos, options.loss_on)
-    examples, dropped = encode_rows(data, rows, tokenizer, form, max_length=options.max_length, drop=options.drop)
+    form = Format(options.template, options.bos is not False, options.loss_on)
+    examples, dropped = encode_rows(
+        data, rows, tokenizer, form, max_length=options.max_length, positions=longest_context(folder), drop=options.drop
+    )
     supervised = sum(example.num_loss_tokens for example in examples)
     print(f"{data}: {len(examples)} rows, {supervised} tokens with loss, {len(dropped)} rows left out.")
     for reason in dropped[:10]:

@@ -21,9 +21,10 @@ import string
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from lfu.errors import InputError
+from lfu.errors import InputError, quote
+from lfu.io.files import first_few
 
 # --- layouts --------------------------------------------------------------------------------------
 
@@ -46,9 +47,11 @@ def arc(fields: dict[str, Any]) -> tuple[str, str]:
     question, choices = require_column(fields, "question", str), require_column(fields, "choices", dict)
     texts, labels, key = strings(choices, "text"), strings(choices, "label"), require_column(fields, "answerKey", str)
     if not 0 < len(texts) == len(set(labels)) == len(labels) <= len(string.ascii_uppercase):
-        raise InputError(f"column 'choices' must have a label of its own for each text, not {labels} for {texts}.")
+        raise InputError(
+            f"column 'choices' must have a label of its own for each text, not {quote(labels)} for {quote(texts)}."
+        )
     if key not in labels:
-        raise InputError(f"column 'answerKey' must be one of the labels {labels}, not {key!r}.")
+        raise InputError(f"column 'answerKey' must be one of the labels {quote(labels)}, not {quote(key)}.")
     options = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, texts)]
     return "\n".join([question, *options]), options[labels.index(key)]
 
@@ -96,10 +99,10 @@ def get_layout(name: str, question: str, answer: str) -> Layout:
 def require_column(fields: dict[str, Any], column: str, kind: type) -> Any:
     """What stands in a column; InputError if it is missing or of another type."""
     if column not in fields:
-        raise InputError(f"no column {column!r}; the row has {', '.join(fields) or 'none'}.")
+        raise InputError(f"no column {quote(column)}; the row has {first_few([*map(quote, fields)], 10) or 'none'}.")
     if not isinstance(fields[column], kind):
         name = {str: "a string", dict: "a JSON object", list: "a list", int: "an integer"}[kind]
-        raise InputError(f"column {column!r} must be {name}, not {fields[column]!r}.")
+        raise InputError(f"column {quote(column)} must be {name}, not {quote(fields[column])}.")
     return fields[column]
 
 
@@ -107,7 +110,7 @@ def strings(fields: dict[str, Any], column: str) -> list[str]:
     """A column that is a list of strings."""
     values = require_column(fields, column, list)
     if not all(isinstance(each, str) for each in values):
-        raise InputError(f"column {column!r} must be a list of strings, not {values!r}.")
+        raise InputError(f"column {quote(column)} must be a list of strings, not {quote(values)}.")
     return values
 
 
@@ -120,6 +123,9 @@ def first_present(fields: dict[str, Any], *names: str) -> str:
 
 
 # --- rows -----------------------------------------------------------------------------------------
+
+
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -163,19 +169,57 @@ def read_row(path: Path, number: int, line: str, layout: Layout) -> Row:
         raise InputError(f"{path}, line {number}: {error}") from error
 
 
+def with_line_number(path: str | Path, row: Row, function: Callable[..., T], *arguments: Any) -> T:
+    """The function's result; an InputError in it gets the row's line before it."""
+    try:
+        return function(*arguments)
+    except InputError as error:
+        raise InputError(f"{path}, line {row.number}: {error}") from error
+
+
 def json_object(line: str) -> dict[str, Any]:
-    """A line parsed; InputError if it is anything but one object."""
+    """A line parsed; InputError if it is anything but one object, or could not be written again."""
     hint = " Of a JSON array, write each item on a line: jq -c '.[]' FILE." if line.lstrip().startswith("[") else ""
     try:
-        fields = json.loads(line)
-    except ValueError as error:
+        fields = json.loads(line, object_pairs_hook=unique_names)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error}).{hint}") from error
     if not isinstance(fields, dict):
         raise InputError(f"a row must be a JSON object, not {type(fields).__name__}.{hint}")
     for name, value in fields.items():
         try:
-            json.dumps({name: value}, ensure_ascii=False).encode()
+            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
-            raise InputError(f"column {name!r} contains an unpaired surrogate, {half!r}: fix or remove it.") from error
+            raise InputError(
+                f"column {quote(name)} contains an unpaired surrogate, {half!r}: fix or remove it."
+            ) from error
+        except ValueError as error:
+            raise InputError(
+                f"column {quote(name)} contains NaN or infinity, which JSON has not: write null."
+            ) from error
     return fields
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError if it has a name twice, of which a reader would silently take one."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
+        raise ValueError(f"the name {quote(twice)} stands in it twice")
+    return fields
+
+
+def complete_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file whose writing may have been cut off, without half a line at its end."""
+    held = path.read_bytes() if path.exists() else b""
+    return held[: held.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
+
+
+LINE_ENDS = str.maketrans({character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"})
+"""What some readers take for the end of a line, and JSON lets stand in a string."""
+
+
+def json_line(fields: dict[str, Any]) -> str:
+    """A row as one line of JSONL, with its end."""
+    return json.dumps(fields, ensure_ascii=False).translate(LINE_ENDS) + "\n"

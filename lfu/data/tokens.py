@@ -6,21 +6,31 @@ exact, and generation later starts from the very same prompt tokens. An example 
     [BOS] prompt answer EOS          labels: -100 over BOS and prompt; answer and EOS carry loss
 
 With `loss_on="instruction+answer"` the question inside the prompt carries loss too, and the template around it does not
-(Instruction Modelling). BOS stands where the tokenizer's own post-processor puts it (Llama, Mistral; not Qwen3), once.
-EOS ends the answer and nothing follows it; the published template also trained on two newlines after EOS. A tokenizer
-that puts a space before every text (Llama 2's) puts one before prompt and answer alike. Read next: `batches.py`.
+(Instruction Modelling). EOS ends the answer and nothing follows it; the published template also trained on two newlines
+after EOS. Everything else is as in the natural text, in training, generation and every score alike:
+
+- BOS stands where the tokenizer puts it before a text (Llama, Mistral; not Qwen3), and once: a text that begins with
+  BOS gets no second one. The post-processor of tokenizer.json and the add_bos_token of tokenizer_config.json, which
+  other programs obey, must say the same, or `--bos` or `--no-bos` chooses.
+- A tokenizer that puts a space before every text (Llama 2's) puts one before the whole, and none between its pieces.
+
+Read next: `batches.py`.
 """
 
+import json
+import math
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from lfu.data.batches import Example
-from lfu.data.rows import Row
-from lfu.errors import InputError
+from lfu.data.rows import Row, with_line_number
+from lfu.errors import InputError, quote
 from lfu.io.files import read_json
 
 
@@ -78,33 +88,94 @@ class ModelTokenizer(NamedTuple):
     """A tokenizer and the special tokens of its model."""
 
     backend: Tokenizer  # of the `tokenizers` library
-    bos: tuple[int, ...]  # what the tokenizer puts before a text: one id, or none
+    inner: Tokenizer  # the same for a text that follows another: without a space of its own before it
+    bos: tuple[int, ...]  # what comes before a text: one id, or none
     eos: int
     stops: frozenset[int]  # every id that ends an answer
+    vocab_size: int  # the model's
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> ModelTokenizer:
+# --- the tokenizer of a folder --------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path, vocab_size: int, bos: bool | None = None) -> ModelTokenizer:
     """tokenizer.json and the special tokens of a model folder.
 
     EOS is the `eos_token` of tokenizer_config.json, else the first `eos_token_id` of generation_config.json or
-    config.json; all of these ids end an answer. InputError if an id lies outside the model's vocabulary.
+    config.json; all of these ids end an answer. BOS is that of `choose_bos`. InputError if one of them lies outside the
+    model's vocabulary, or for a tokenizer that cannot be used.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path} does not exist: lfu reads the tokenizer from this file alone.")
+    spec = read_json(path)
+    with library_errors(f"{path} is not a tokenizer of the `tokenizers` library"):
+        backend = parse_tokenizer(spec)
+        unspaced = {name: without_own_space(spec.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        inner = backend if unspaced.items() <= spec.items() else parse_tokenizer(spec | unspaced)
+    if max(growth(spec.get("normalizer")), growth(spec.get("decoder"))) > MOST_GROWTH:
+        raise InputError(f"{path}: its replacements can make a text more than {MOST_GROWTH} times as long.")
+    stops = eos_ids(folder, backend)
+    if not stops or not all(type(stop) is int and 0 <= stop < vocab_size for stop in stops):
+        raise InputError(f"{folder}: no usable EOS token among {quote(stops)}; set eos_token in tokenizer_config.json.")
+    with library_errors(f"{path} cannot tokenise a text"):
+        start = bos_ids(backend)
+    start = choose_bos(folder, backend, start, bos)
+    if len(start) > 1 or not all(token < vocab_size for token in start):
+        raise InputError(f"{path} puts the tokens {quote(start)} before a text, which are not one BOS of the model.")
+    return ModelTokenizer(backend, inner, start, stops[0], frozenset(stops), vocab_size)
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Whatever the `tokenizers` library raises, which may be a panic and so no Exception, as one InputError."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception
-        raise InputError(f"{path} is not a tokenizer of the `tokenizers` library: {error}.") from error
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{what}: {quote(str(error))}.") from error
+
+
+def parse_tokenizer(spec: dict[str, Any]) -> Tokenizer:
+    """A tokenizer from what its file says, without the truncation and padding that the file may ask for."""
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise InputError(f"{path} has token ids up to {largest}, but the model's vocabulary holds {vocab_size}.")
-    stops = eos_ids(folder, tokenizer)
-    if not stops or not all(0 <= stop < vocab_size for stop in stops):
-        raise InputError(f"{folder}: no usable EOS token among {stops}; set eos_token in tokenizer_config.json.")
-    return ModelTokenizer(tokenizer, bos_ids(tokenizer), stops[0], frozenset(stops))
+    return tokenizer
+
+
+def without_own_space(step: Any, first: bool = True) -> Any:
+    """A normalizer or pre-tokenizer of tokenizer.json that puts no space before a text.
+
+    A pre-tokenizer that comes after others puts one before each of their parts: this is the tokenizer's own matter.
+    """
+    match step:
+        case {"type": "Sequence", "normalizers": list(steps)}:
+            return step | {"normalizers": [without_own_space(each) for each in steps]}
+        case {"type": "Sequence", "pretokenizers": list(steps)}:
+            return step | {"pretokenizers": [without_own_space(each, not place) for place, each in enumerate(steps)]}
+        case {"type": "Prepend"}:
+            return {"type": "Sequence", "normalizers": []}
+        case {"type": "Metaspace"} if first or step.get("prepend_scheme") == "first":
+            return {name: value for name, value in step.items() if name != "add_prefix_space"} | {
+                "prepend_scheme": "never"
+            }
+        case {"type": "ByteLevel", "add_prefix_space": True} if first:
+            return step | {"add_prefix_space": False}
+    return step
+
+
+MOST_GROWTH = 100
+"""Sentencepiece's replacements are one character for one; a chain of longer ones would fill the memory."""
+
+
+def growth(step: Any) -> int:
+    """How many times as long the replacements of a normalizer or decoder may make a text."""
+    if isinstance(step, dict) and step.get("type") == "Replace":
+        return max(1, len(step["content"]))
+    nested = step.values() if isinstance(step, dict) else step if isinstance(step, list) else ()
+    return math.prod(growth(each) for each in nested)
 
 
 def bos_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -113,24 +184,103 @@ def bos_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(full[: full.index(bare[0])])
 
 
+def choose_bos(folder: Path, backend: Tokenizer, put: tuple[int, ...], wanted: bool | None) -> tuple[int, ...]:
+    """BOS: what the tokenizer's post-processor puts before a text; where it puts none and one is wanted, the declared.
+
+    InputError if there is none to put, or if nobody chose and tokenizer_config.json contradicts the post-processor:
+    transformers 4 believes the former of Llama's tokenizers, the latter of all others, and transformers 5 the latter.
+    """
+    config, declared = tokenizer_config(folder), special_token(folder, "bos_token")
+    bos = None if declared is None else backend.token_to_id(declared)
+    if wanted and not put:
+        if bos is None:
+            raise InputError(f"{folder}: there is no BOS token to put before a text. Leave out --bos.")
+        return (bos,)
+    # transformers 4's own default, in the two classes that have one
+    default = True if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") else None
+    says = config.get("add_bos_token", default)
+    if says not in (None, True, False):
+        raise InputError(f"{folder}: add_bos_token must be true or false, not {quote(says)}.")
+    if wanted is None and says is not None and says != bool(put) and (put or bos is not None):
+        raise InputError(
+            f"{folder}: tokenizer.json puts {'a' if put else 'no'} BOS before a text, but add_bos_token in "
+            f"tokenizer_config.json is {json.dumps(says)}. Choose with --bos or --no-bos, or make them agree."
+        )
+    return put
+
+
 def eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
     """All EOS ids the folder declares, the one that ends training answers first."""
-    found: list[int | None] = []
-    if (folder / "tokenizer_config.json").is_file():
-        token = read_json(folder / "tokenizer_config.json").get("eos_token")
-        text = token["content"] if isinstance(token, dict) else token
-        if text and tokenizer.token_to_id(text) is None:
-            raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token {text!r} is not in tokenizer.json.")
-        found.append(tokenizer.token_to_id(text) if text else None)
+    text = special_token(folder, "eos_token")
+    found: list[int | None] = [None if text is None else tokenizer.token_to_id(text)]
+    if text is not None and found == [None]:
+        raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token {quote(text)} is not in tokenizer.json.")
     for name in ("generation_config.json", "config.json"):
         declared = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
         found += declared if isinstance(declared, list) else [declared]
-    return list(dict.fromkeys(token for token in found if token is not None))
+    return [token for place, token in enumerate(found) if token is not None and token not in found[:place]]
+
+
+def special_token(folder: Path, name: str) -> str | None:
+    """The text of tokenizer_config.json's `bos_token` or `eos_token`, if it names one."""
+    token = tokenizer_config(folder).get(name)
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"{folder / 'tokenizer_config.json'}: {name} must be a text, not {quote(token)}.")
+    return text or None
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, which a folder need not have."""
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def longest_context(folder: Path) -> int | None:
+    """How many tokens the model was made for, if config.json says it; InputError if it says so oddly."""
+    positions = read_json(folder / "config.json").get("max_position_embeddings")
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise InputError(f"{folder / 'config.json'}: max_position_embeddings cannot be {quote(positions)}.")
+    return positions
+
+
+def describe_tokens(tokenizer: ModelTokenizer) -> dict[str, Any]:
+    """The ids that decide what a row becomes and where an answer ends, recorded with a run and with its adapter."""
+    return {"bos": list(tokenizer.bos), "eos": tokenizer.eos, "stops": sorted(tokenizer.stops)}
+
+
+# --- text -> tokens -------------------------------------------------------------------------------
 
 
 def token_ids(tokenizer: ModelTokenizer, text: str) -> list[int]:
-    """The tokens of a piece of text, without special tokens around it."""
-    return tokenizer.backend.encode(text, add_special_tokens=False).ids
+    """The tokens of a text, without special tokens around it."""
+    return encode_text(tokenizer.backend, text, tokenizer.vocab_size)
+
+
+def continued_ids(tokenizer: ModelTokenizer, text: str) -> list[int]:
+    """The tokens of a text that follows another one."""
+    return encode_text(tokenizer.inner, text, tokenizer.vocab_size)
+
+
+def encode_text(backend: Tokenizer, text: str, vocab_size: int) -> list[int]:
+    """InputError where the tokenizer fails, or finds a token for which the model has no embedding."""
+    with library_errors(f"tokenizer.json fails at the text {quote(text)}"):
+        tokens = backend.encode(text, add_special_tokens=False).ids
+    if tokens and max(tokens) >= vocab_size:
+        raise InputError(f"the text has the token id {max(tokens)}, but the model's vocabulary holds {vocab_size}.")
+    return tokens
+
+
+def text_ids(tokenizer: ModelTokenizer, bos: bool, text: str) -> list[int]:
+    """[BOS] and the text; one that begins with BOS gets no second. `HFLM.tok_encode` of lm-evaluation-harness."""
+    start, tokens = list(tokenizer.bos if bos else ()), token_ids(tokenizer, text)
+    return tokens if tokens[: len(start)] == start else start + tokens
+
+
+def piece_ids(tokenizer: ModelTokenizer, bos: bool, pieces: Sequence[str]) -> list[list[int]]:
+    """[BOS] and pieces of one text, each tokenised apart."""
+    first, *others = pieces
+    return [text_ids(tokenizer, bos, first), *(continued_ids(tokenizer, piece) for piece in others)]
 
 
 def prompt_ids(tokenizer: ModelTokenizer, format: Format, question: str) -> list[int]:
@@ -144,13 +294,21 @@ def encode_prompt(tokenizer: ModelTokenizer, format: Format, question: str) -> t
     An empty question has nothing to cut out or to learn: its prompt is that of `loss_on="answer"`.
     """
     pieces, apart = require_template(format.template).pieces, trains_on_question(format) and question != ""
-    tokens, instruction = [*(tokenizer.bos if format.bos else ())], range(0)
-    for part in (part for piece in pieces for part in (QUESTION.split(piece) if apart else [piece])):
-        start = len(tokens)
-        tokens += token_ids(tokenizer, part.replace("{question}", question))
+    parts = [part for piece in pieces for part in (QUESTION.split(piece) if apart else [piece]) if part]
+    texts = [part.replace("{question}", question) for part in parts]
+    tokens: list[int] = []
+    instruction = range(0)
+    for part, ids in zip(parts, piece_ids(tokenizer, format.bos, texts)):
+        start = len(tokens) or len(tokenizer.bos if format.bos else ())
+        tokens += ids
         if apart and "{question}" in part:
             instruction = range(start, len(tokens))
     return tokens, instruction
+
+
+def answer_ids(tokenizer: ModelTokenizer, format: Format, answer: str) -> list[int]:
+    """The tokens of an answer after the prompt of this format, without the EOS after it."""
+    return continued_ids(tokenizer, require_template(format.template).before_answer + answer)
 
 
 def trains_on_question(format: Format) -> bool:
@@ -163,7 +321,7 @@ def trains_on_question(format: Format) -> bool:
 def encode_row(tokenizer: ModelTokenizer, format: Format, row: Row) -> Example:
     """[BOS] prompt answer EOS."""
     prompt, instruction = encode_prompt(tokenizer, format, row.question)
-    answer = token_ids(tokenizer, require_template(format.template).before_answer + row.answer)
+    answer = answer_ids(tokenizer, format, row.answer)
     return Example([*prompt, *answer, tokenizer.eos], len(prompt), row.number, instruction)
 
 
@@ -174,18 +332,19 @@ def encode_rows(
     format: Format,
     *,
     max_length: int = 2048,
+    positions: int | None = None,
     drop: bool = False,
 ) -> tuple[list[Example], list[str]]:
     """The examples, and a sentence for each row left out.
 
-    A row that is empty, too long, has no supervised token or contains a special token as text raises InputError naming
-    it; with `drop` it is left out instead. Nothing is ever cut: a prompt without its end, or an answer without EOS,
-    teaches the wrong thing.
+    A row that is empty, longer than `max_length` or than the model's `positions`, has no supervised token or contains a
+    special token as text raises InputError naming it; with `drop` it is left out instead. Nothing is ever cut: a prompt
+    without its end, or an answer without EOS, teaches the wrong thing.
     """
     examples, dropped = [], []
     for row in rows:
-        example = encode_row(tokenizer, format, row)
-        fault = rejection_reason(row, example, tokenizer, format, max_length)
+        example = with_line_number(path, row, encode_row, tokenizer, format, row)
+        fault = rejection_reason(row, example, tokenizer, format, max_length, positions)
         if fault and not drop:
             raise InputError(f"{path}, line {row.number}: {fault}. Fix the row, or leave such rows out with --drop.")
         if fault:
@@ -198,17 +357,29 @@ def encode_rows(
 
 
 def rejection_reason(
-    row: Row, example: Example, tokenizer: ModelTokenizer, format: Format, max_length: int
+    row: Row,
+    example: Example,
+    tokenizer: ModelTokenizer,
+    format: Format,
+    max_length: int,
+    positions: int | None = None,
 ) -> str | None:
-    """Why a row cannot be trained on, or None."""
-    text = example.tokens[len(tokenizer.bos) if format.bos else 0 : -1]
-    special = [token for token in text if token in tokenizer.bos or token in tokenizer.stops]
-    if not row.question.strip() or not row.answer.strip():
+    """Why a row cannot be trained on, or None. A prompt in the template plain is the user's own, special tokens too."""
+    given = example.prompt_length if format.template == "plain" else len(tokenizer.bos) if format.bos else 0
+    special = [token for token in example.tokens[given:-1] if token in tokenizer.bos or token in tokenizer.stops]
+    if not (is_visible(row.question) and is_visible(row.answer)):
         return "the question or the answer is empty"
     if len(example.tokens) > max_length:
         return f"{len(example.tokens)} tokens are more than the maximum of {max_length}"
+    if positions is not None and len(example.tokens) > positions:
+        return f"{len(example.tokens)} tokens are more than the model's max_position_embeddings, {positions}"
     if example.num_loss_tokens < 1:
         return "no token carries loss"
     if special:
         return f"the text itself contains the special token {tokenizer.backend.id_to_token(special[0])}"
     return None
+
+
+def is_visible(text: str) -> bool:
+    """Whether a text has a character that is more than white space, a control character or a zero-width one."""
+    return any(unicodedata.category(character) not in ("Cc", "Cf", "Zs", "Zl", "Zp") for character in text)

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from lfu.data.rows import Layout, Row, columns, read_rows
-from lfu.data.tokens import ModelTokenizer, token_ids
-from lfu.errors import InputError
+from lfu.data.tokens import ModelTokenizer, text_ids
+from lfu.errors import InputError, quote
+from lfu.io.files import read_json
 
 # --- exact match -----------------------------------------------------------------------------------
 
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-IGNORED_PARTS = [re.compile(pattern) for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$")]
-NUMBER = re.compile(r"-?[0-9.]*[0-9][0-9.]*")
+NUMBER = re.compile(r"-?\.*[0-9][0-9.]*")
 INVALID = "[invalid]"
 
 
@@ -42,10 +42,9 @@ def flexible_answer(text: str) -> str:
 
 
 def normalised(answer: str) -> str:
-    """Without commas, dollar signs, everything up to "#### ", and one final full stop; lower case."""
-    for pattern in IGNORED_PARTS:
-        answer = pattern.sub("", answer)
-    return answer.lower()
+    """Without commas, dollar signs, everything up to the last "#### ", and one final full stop; lower case."""
+    number = answer.replace(",", "").replace("$", "").rpartition("#### ")[2]
+    return re.sub(r"\.$", "", number).lower()
 
 
 def gsm8k_scores(prediction: str, reference: str) -> dict[str, bool]:
@@ -93,12 +92,20 @@ def f1_scores(prediction: str, golds: str | list[str]) -> dict[str, float]:
     Of several golds each is left out once, the best of the others counts, and the mean of these is the score: people,
     too, are compared with the answers of others. `lm_eval/tasks/coqa/utils.py`; words as in SQuAD's `evaluate-v1.1.py`.
     """
-    golds = [golds] if isinstance(golds, str) else golds
     line = prediction.strip().split("\n")[0]
-    folds = [golds[:left] + golds[left + 1 :] for left in range(len(golds))] if len(golds) > 1 else [golds]
-    em = [max(normalise_words(line) == normalise_words(gold) for gold in fold) for fold in folds]
-    f1 = [max(token_f1(line, gold) for gold in fold) for fold in folds]
-    return {"em": sum(em) / len(folds), "f1": sum(f1) / len(folds)}
+    listed = [golds] if isinstance(golds, str) else golds
+    em = [float(normalise_words(line) == normalise_words(gold)) for gold in listed]
+    f1 = [token_f1(line, gold) for gold in listed]
+    return {"em": mean_of_best_others(em), "f1": mean_of_best_others(f1)}
+
+
+def mean_of_best_others(values: list[float]) -> float:
+    """The mean, over values, of the largest of the others; a value that is alone counts itself."""
+    if len(values) == 1:
+        return values[0]
+    second, best = sorted(values)[-2:]
+    largest = values.index(best)
+    return sum(second if place == largest else best for place in range(len(values))) / len(values)
 
 
 # --- refusals --------------------------------------------------------------------------------------
@@ -152,17 +159,18 @@ def read_questions(
         listed = golds if isinstance(golds, list) and golds else [golds]
         if not all(isinstance(gold, str) for gold in listed):
             raise InputError(
-                f"{path}, line {row.number}: column {answer!r} must be a string or a list of strings, not {golds!r}."
+                f"{path}, line {row.number}: column {quote(answer)} must be a string or a list of strings, not "
+                f"{quote(golds)}."
             )
     return rows
 
 
-def require_numbers(path: str | Path, rows: Sequence[Row]) -> None:
+def require_number(row: Row) -> None:
     """InputError for a reference answer that no number can equal."""
-    if row := next((row for row in rows if not NUMBER.fullmatch(normalised(row.answer))), None):
+    if not NUMBER.fullmatch(normalised(row.answer)):
         raise InputError(
-            f"{path}, line {row.number}: the score gsm8k compares numbers, and the reference answer is not one, nor "
-            f"is what follows its ####: {normalised(row.answer)[-80:]!r}. Choose another score, such as exact."
+            f"the score gsm8k compares numbers, and the reference answer is not one, nor is what follows its ####: "
+            f"{quote(normalised(row.answer)[-70:])}. Choose another score, such as exact."
         )
 
 
@@ -185,7 +193,24 @@ def harness_prompt(
 ) -> list[int]:
     """[BOS] and the harness' gsm8k prompt: worked examples, then the question, tokenised in one piece."""
     solved = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in shots)
-    return [*(tokenizer.bos if bos else ()), *token_ids(tokenizer, solved + wording.format(question=row.question))]
+    return text_ids(tokenizer, bos, solved + wording.format(question=row.question))
+
+
+UNLIKE = {
+    "repetition_penalty": 1, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1, "min_length": 0,
+    "min_new_tokens": 0, "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0, "guidance_scale": 1,
+    "bad_words_ids": [], "suppress_tokens": [], "begin_suppress_tokens": [], "forced_bos_token_id": [],
+    "forced_eos_token_id": [], "sequence_bias": [], "exponential_decay_length_penalty": [],
+}  # fmt: skip
+"""Keys of generation_config.json that change greedy decoding in transformers, and so in the harness, with the values
+that do not."""
+
+
+def ignored_settings(folder: Path) -> list[str]:
+    """What generation_config.json asks for that the harness obeys, and greedy decoding here does not."""
+    path = folder / "generation_config.json"
+    config = read_json(path) if path.is_file() else {}
+    return [name for name, neutral in UNLIKE.items() if config.get(name) not in (None, neutral)]
 
 
 def draw_shots(pool: Sequence[Row], count: int, seed: int, row: Row) -> list[Row]:
@@ -201,6 +226,3 @@ def draw_shots(pool: Sequence[Row], count: int, seed: int, row: Row) -> list[Row
         )
     chosen = np.random.default_rng([seed, row.number]).choice(len(others), size=count, replace=False)
     return [others[index] for index in chosen]
-
-
-# --- likelihood ------------------------------------------------------------------------------------

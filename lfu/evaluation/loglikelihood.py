@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lfu.data.batches import Example
-from lfu.data.rows import Row, columns, read_rows, require_column
-from lfu.data.tokens import Format, ModelTokenizer, prompt_ids, require_template, token_ids
-from lfu.errors import InputError
+from lfu.data.rows import Row, columns, read_rows, require_column, with_line_number
+from lfu.data.tokens import Format, ModelTokenizer, answer_ids, prompt_ids, special_token, text_ids, token_ids
+from lfu.errors import InputError, quote
 from lfu.evaluation.estimates import Estimate, accuracy, ratio
 from lfu.evaluation.nll import Likelihood, row_likelihoods
-from lfu.io.files import read_json
 from lfu.lora import Adapter
 from lfu.model import Config, Params
 
@@ -53,19 +52,13 @@ def read_items(path: str | Path, score: str, *, question: str = "question", answ
     return [with_line_number(path, row, read, row, answer) for row in rows]
 
 
-def with_line_number(path: str | Path, row: Row, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result; an InputError in it gets the line before it."""
-    try:
-        return function(*arguments)
-    except InputError as error:
-        raise InputError(f"{path}, line {row.number}: {error}") from error
-
-
 def read_choices(row: Row, answer: str) -> Item:
     """Columns: question, choices (strings) and answer (the index of the right one, from 0)."""
     choices, right = choices_of(row), require_column(row.fields, answer, int)
     if type(right) is not int or not 0 <= right < len(choices):
-        raise InputError(f"column {answer!r} must be the index of a choice, 0 to {len(choices) - 1}, not {right!r}.")
+        raise InputError(
+            f"column {quote(answer)} must be the index of a choice, 0 to {len(choices) - 1}, not {quote(right)}."
+        )
     return Item(row, row.question, choices, [right])
 
 
@@ -73,9 +66,13 @@ def read_labelled(row: Row, answer: str) -> Item:
     """Columns: question, choices (strings) and labels (0 or 1 for each choice)."""
     choices, labels = choices_of(row), require_column(row.fields, "labels", list)
     if len(labels) != len(choices) or not all(label in (0, 1) for label in labels):
-        raise InputError(f"column 'labels' must hold 0 or 1 for each of the {len(choices)} choices, not {labels!r}.")
+        raise InputError(
+            f"column 'labels' must hold 0 or 1 for each of the {len(choices)} choices, not {quote(labels)}."
+        )
     if len(set(labels)) == 1:
-        raise InputError(f"column 'labels' must hold both 0 and 1, not {labels!r}: there is nothing to tell apart.")
+        raise InputError(
+            f"column 'labels' must hold both 0 and 1, not {quote(labels)}: there is nothing to tell apart."
+        )
     return Item(row, row.question, choices, [index for index, label in enumerate(labels) if label])
 
 
@@ -83,7 +80,7 @@ def choices_of(row: Row) -> list[str]:
     """The column choices; InputError unless it is at least two texts."""
     choices = require_column(row.fields, "choices", list)
     if len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
-        raise InputError(f"column 'choices' must be two or more strings that are not empty, not {choices!r}.")
+        raise InputError(f"column 'choices' must be two or more strings that are not empty, not {quote(choices)}.")
     return choices
 
 
@@ -91,7 +88,7 @@ def read_last_word(row: Row, answer: str) -> Item:
     """Column: text, whose last word is what follows its last space. As `lm_eval/tasks/lambada`."""
     context, _, word = row.question.rpartition(" ")
     if not context.strip() or not word:
-        raise InputError(f"column 'text' must be a context, a space and a last word, not {row.question!r}.")
+        raise InputError(f"column 'text' must be a context, a space and a last word, not {quote(row.question)}.")
     return Item(row, context, [word], [0])
 
 
@@ -117,22 +114,9 @@ class EncodingOptions(NamedTuple):
 
 def prefix_id(folder: Path, tokenizer: ModelTokenizer) -> int:
     """The declared BOS, also of a tokenizer that puts none before a text; else EOS. `HFLM.prefix_token_id`."""
-    path = folder / "tokenizer_config.json"
-    declared = read_json(path).get("bos_token") if path.is_file() else None
-    text = declared["content"] if isinstance(declared, dict) else declared
-    bos = tokenizer.backend.token_to_id(text) if text else None
+    declared = special_token(folder, "bos_token")
+    bos = tokenizer.backend.token_to_id(declared) if declared else None
     return next(token for token in (bos, *tokenizer.bos, tokenizer.eos) if token is not None)
-
-
-def longest_context(folder: Path) -> int:
-    """What the model was made for, else 2048. `resolve_max_length` in `lm_eval/models/utils.py`."""
-    return read_json(folder / "config.json").get("max_position_embeddings") or 2048
-
-
-def text_ids(options: EncodingOptions, text: str) -> list[int]:
-    """[BOS] and the text; one that begins with BOS gets no second. `HFLM.tok_encode`."""
-    bos, tokens = list(options.tokenizer.bos if options.format.bos else ()), token_ids(options.tokenizer, text)
-    return tokens if tokens[: len(bos)] == bos else bos + tokens
 
 
 def pair_ids(options: EncodingOptions, context: str, text: str) -> tuple[list[int], list[int]]:
@@ -146,14 +130,14 @@ def pair_ids(options: EncodingOptions, context: str, text: str) -> tuple[list[in
     if not kept:
         tokens = token_ids(options.tokenizer, continuation)
         return ([options.prefix], tokens) if tokens[:1] != [options.prefix] else (tokens[:1], tokens[1:])
-    given = text_ids(options, kept)
-    return given, text_ids(options, kept + continuation)[len(given) :]
+    given = text_ids(options.tokenizer, options.format.bos, kept)
+    return given, text_ids(options.tokenizer, options.format.bos, kept + continuation)[len(given) :]
 
 
 def own_ids(options: EncodingOptions, question: str, text: str) -> tuple[list[int], list[int]]:
     """The prompt and the text as its answer, in the tokens of training; without the EOS after it."""
-    answer = require_template(options.format.template).before_answer + text
-    return prompt_ids(options.tokenizer, options.format, question), token_ids(options.tokenizer, answer)
+    prompt = prompt_ids(options.tokenizer, options.format, question)
+    return prompt, answer_ids(options.tokenizer, options.format, text)
 
 
 def encode(
@@ -183,7 +167,9 @@ def encode_pair(options: EncodingOptions, item: Item, text: str) -> Example:
     if not given:
         raise InputError("a context without tokens predicts nothing: use a template or the BOS token.")
     if not 0 < len(continuation) <= options.max_length:
-        raise InputError(f"{text!r} adds {len(continuation)} tokens to its context, not 1 to {options.max_length}.")
+        raise InputError(
+            f"{quote(text)} adds {len(continuation)} tokens to its context, not 1 to {options.max_length}."
+        )
     return Example([*given, *continuation], len(given), item.row.number)
 
 
@@ -193,7 +179,7 @@ def encode_windows(options: EncodingOptions, item: Item) -> list[Example]:
     The first window follows the prefix. Where the tokenizer puts BOS before a text, BOS itself is predicted from the
     prefix: so does the harness. `HFLM.loglikelihood_rolling`, `get_rolling_token_windows`, `make_disjoint_window`.
     """
-    tokens, windows = [options.prefix, *text_ids(options, item.continuations[0])], []
+    tokens, windows = [options.prefix, *text_ids(options.tokenizer, options.format.bos, item.continuations[0])], []
     for start in range(1, len(tokens), options.max_length):
         end = min(start + options.max_length, len(tokens))
         window = tokens[max(0, end - options.max_length - 1) : end]

@@ -98,8 +98,8 @@ MODEL = [
     ),
     *mistakes_in(
         "model.attention_mask",
-        ("window one longer", "distance < window)", "distance <= window)", checks.decoder("mistral_v01")),
-        ("window one shorter", "distance < window)", "distance < window - 1)", checks.decoder("mistral_v01")),
+        ("window one longer", "keys > queries", "keys >= queries", checks.decoder("mistral_v01")),
+        ("window one shorter", "queries - window)", "queries - window + 1)", checks.decoder("mistral_v01")),
     ),
     *mistakes_in(
         "model.block",
@@ -678,9 +678,12 @@ DATA = [
         ("the first token of an instruction counted", " - (0 in self.instruction)", "", checks.INSTRUCTION_SUPERVISED),
     ),
     *mistakes_in(
+        "data.tokens.text_ids",
+        ("BOS forgotten", "start + tokens", "tokens", checks.bos(True, True)),
+        ("BOS where none is wanted", "tokenizer.bos if bos else ()", "tokenizer.bos", checks.bos(True, False)),
+    ),
+    *mistakes_in(
         "data.tokens.encode_prompt",
-        ("BOS forgotten", "*(tokenizer.bos if format.bos else ())", "", checks.bos(True, True)),
-        ("BOS where none is wanted", "(tokenizer.bos if format.bos else ())", "tokenizer.bos", checks.bos(True, False)),
         (
             "pieces of a template joined before they are tokenised",
             "for piece in pieces for",
@@ -698,7 +701,7 @@ DATA = [
         ("an empty instruction cut out", ' and question != ""', "", checks.EMPTY),
     ),
     *mistakes_in(
-        "data.tokens.token_ids",
+        "data.tokens.encode_text",
         (
             "BOS twice, and one in front of the answer",
             "add_special_tokens=False",
@@ -716,10 +719,13 @@ DATA = [
             "[*prompt[:1], *token_ids(tokenizer, row.question + row.answer), tokenizer.eos]",
             checks.BORDER,
         ),
+    ),
+    *mistakes_in(
+        "data.tokens.answer_ids",
         (
             "space before the answer forgotten",
-            "require_template(format.template).before_answer + row.answer",
-            "row.answer",
+            "require_template(format.template).before_answer + answer",
+            "answer",
             checks.template("question"),
         ),
     ),
