@@ -31,10 +31,11 @@ from lfu.io.config import Config, read_config
 from lfu.lora import Adapter, Lora
 from lfu.loss import answer_labels, answer_mask, consistency_loss, sft_loss
 from lfu.model import Params, Steering, embed, forward, trunk, unembed
+from lfu.profiling.bench import RANK, SCALE
 from lfu.schedule import Settings
 from lfu.train import ascend, differentiate, sft_gradient
 
-SCALE, RANK, ROWS, MICRO_BATCH = fidelity.SCALE, fidelity.RANK, 16, 4
+ROWS, MICRO_BATCH = 16, 4
 PUBLISHED = {name: methods.METHODS[f"lfu-{name}"].published for name in ("lora", "reps")}
 DRAWS = 2000
 """How many pairs of batches the statement about their lengths rests on."""
@@ -163,8 +164,8 @@ def lora_variant(
         moved_states, positions = compared_states(perturbed(task)), mask(batch.labels)
 
         def distance(rows: slice) -> Tensor:
-            pair = [[h[rows] for h in each] for each in (clean, moved_states)]
-            return consistency_loss(*pair, positions[rows], norm=norm)
+            still, moving = ([h[rows] for h in each] for each in (clean, moved_states))
+            return consistency_loss(still, moving, positions[rows], norm=norm)
 
         return average(distance, batch), ()
 
@@ -286,7 +287,7 @@ def by_method(case: Case, name: str, base: Params | None = None) -> Found:
 def low(case: Case, name: str) -> Found:
     """The same with weights, stream and adapters in bfloat16, both passes rounded on their own."""
     base = tree_map(lambda tensor: None if tensor is None else tensor.bfloat16(), case.base)
-    with fidelity.changed((fidelity.plain_products, fidelity.low_stream)):
+    with fidelity.patched(fidelity.PLAIN_PRODUCTS | fidelity.LOW_STREAM):
         return by_method(case, name, base)
 
 
@@ -336,7 +337,7 @@ def step(
 
 
 def weighted(shares: list[float], parts: list[Tensor]) -> Tensor:
-    return sum(share * part for share, part in zip(shares, parts, strict=True))
+    return sum((share * part for share, part in zip(shares, parts, strict=True)), torch.zeros_like(parts[0]))
 
 
 # --- single facts ---------------------------------------------------------------------------------

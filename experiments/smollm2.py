@@ -24,14 +24,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from experiments.markdown import markdown
-from experiments.mini import state_squares
-from experiments.report import difference
+from experiments.miniature.mini import state_squares
+from experiments.seeds import difference
 from lfu import cli, model
 from lfu.data.batches import Example, collate
 from lfu.data.rows import Row, read_rows
@@ -48,7 +48,7 @@ from lfu.loss import answer_mask
 from lfu.model import Config, Params
 from lfu.runs import checkpoints
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft"},
     "lora": {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0},
     "lora500": {"method": "lfu-lora", "alpha": 0.001, "lam": 500.0},
@@ -71,7 +71,7 @@ SETTINGS = {
     "relative50": {"method": "lfu-lora", "alpha": 0.1, "lam": 50.0, "norm": "relative"},
     "relative500": {"method": "lfu-lora", "alpha": 0.1, "lam": 500.0, "norm": "relative"},
 }
-REGIMES = {
+REGIMES: dict[str, dict[str, Any]] = {
     "small": {"limit": 32, "epochs": 20, "learning_rate": 1e-3, "save_every": 8, "keep": 100},
     "full": {"limit": 480, "epochs": 3, "learning_rate": 1e-4, "save_every": 30, "keep": 100},
 }
@@ -149,6 +149,8 @@ class World(NamedTuple):
 
 
 Measure = Callable[[World, list[Adapter]], dict[str, Estimate]]
+Scores = dict[str, dict[str, float]]
+"""Estimates by name, as files keep them: a mean and an error each."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def score_checkpoint(world: World, step: Path, name: str, measure: Measure) -> f
     return mean_of(score_once(path, lambda: measure(world, [load_adapter(step, world.config)])))
 
 
-def mean_of(scores: dict[str, dict[str, float]]) -> float:
+def mean_of(scores: Scores) -> float:
     """Of the only score in a file."""
     (score,) = scores.values()
     return score["mean"]
@@ -237,12 +239,12 @@ def options_of(paths: Paths, name: str) -> cli.TrainOptions:
     )
 
 
-def score_once(path: Path, measure: Callable[[], dict[str, Estimate]]) -> dict[str, dict[str, float]]:
+def score_once(path: Path, measure: Callable[[], dict[str, Estimate]]) -> Scores:
     """Scores as they stand in their file."""
     return kept(path, lambda: {name: value._asdict() for name, value in measure().items()})
 
 
-def kept(path: Path, make: Callable[[], dict]) -> dict:
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` gives, made once: from then on it is read from the file."""
     if not path.is_file():
         write_json(path, make())
@@ -376,13 +378,16 @@ def difference_table(out: Path, regime: str) -> str:
     return markdown([f"{regime}, less SFT", *heads], rows) if rows else ""
 
 
-def paired(pairs: list[list[dict[str, dict[str, float]]]], name: str, factor: float, digits: int) -> str:
+def paired(pairs: list[list[Scores]], name: str, factor: float, digits: int) -> str:
     """The mean difference in one column, over the seeds for which both were measured."""
     values = [[run[name]["mean"] for run in pair] for pair in pairs if all(name in run for run in pair)]
-    return difference(*zip(*values, strict=True), digits, factor) if values else ""
+    if not values:
+        return ""
+    ours, sft = zip(*values, strict=True)
+    return difference(ours, sft, digits, factor)
 
 
-def measured(folder: Path) -> dict[str, dict[str, float]]:
+def measured(folder: Path) -> Scores:
     """What is known of a run, by column; nothing before it is scored."""
     scores, held, prompts = (folder / f"{name}.json" for name in ("scores", "held", "prompts"))
     results = read_json(scores) if scores.is_file() else {}
@@ -394,7 +399,7 @@ def measured(folder: Path) -> dict[str, dict[str, float]]:
     return results
 
 
-def row_of(label: str, runs: list[dict[str, dict[str, float]]]) -> list[str]:
+def row_of(label: str, runs: list[Scores]) -> list[str]:
     """The mean over the seeds of each column, and the test NLL of each seed."""
     cells = [cell([run[name] for run in runs if name in run], *how) for name, (_, *how) in COLUMNS.items()]
     return [label, *cells, ", ".join(f"{run['nll']['mean']:.3f}" for run in runs)]
