@@ -30,6 +30,7 @@ from lfu.data.batches import Example, split_by_length
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer
 from lfu.lora import Adapter, Lora
+from lfu.methods import BoundMethod
 from lfu.model import Config, Layer, Linear, Params, Product
 from lfu.profiling import bench
 from lfu.profiling.bench import RANK, SCALE, Work, interleaved, own_steps, spread, timed
@@ -56,12 +57,13 @@ def main() -> None:
     verbs[parsed.what]((config, base, bench.fresh_task(config, base, RANK)), parsed)
 
 
-def one_step(here: Model, name: str, rows: int, length: int, answer: int, **how: Any) -> tuple[Any, Work]:
+def one_step(here: Model, name: str, rows: int, length: int, answer: int, **how: Any) -> tuple[BoundMethod, Work]:
     """A bound method, and its gradient of a random batch."""
     config, base, task = here
-    batch = bench.random_batch(config, rows, length, answer, 0, torch.device("cpu"))
+    device = base.embed.device
+    batch = bench.random_batch(config, rows, length, answer, 0, device)
     method = methods.bind(name, config, scale=SCALE, **how)[0]
-    return method, partial(method, config, base, task, batch, torch.Generator().manual_seed(0))
+    return method, partial(method, config, base, task, batch, torch.Generator(device).manual_seed(0))
 
 
 # --- memory ---------------------------------------------------------------------------------------

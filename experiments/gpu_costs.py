@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
-from experiments.costs import NAMES, float32_parts
+from experiments.costs import NAMES, float32_parts, one_step
 from experiments.fidelity import patched
 from experiments.gpu_tables import Run, Table, save, tell
 from experiments.miniature.mini import MINI
@@ -198,10 +198,8 @@ def profile(run: Run) -> None:
     """The kernels of one lfu-lora step, and what its float32 parts cost."""
     here = large(run)
     rows, length = (2, 16) if run.small else (4, 256)
-    batch = bench.random_batch(here.config, rows, length, round(0.6 * length), 0, run.device)
-    task, generator = bench.fresh_task(here.config, here.base, RANK), torch.Generator(run.device)
-    method = methods.bind("lfu-lora", here.config, scale=SCALE)[0]
-    work = partial(method, here.config, here.base, task, batch, generator)
+    task = bench.fresh_task(here.config, here.base, RANK)
+    work = one_step((here.config, here.base, task), "lfu-lora", rows, length, round(0.6 * length))[1]
     save(run, "profile", f"One lfu-lora step of {rows} x {length} tokens, by kernel", kernels(run, work))
     title = "The same with float32 parts in bfloat16, where gradients are not right"
     save(run, "profile", title, in_bfloat16(run, work))

@@ -15,20 +15,20 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiments.costs import one_step
 from experiments.miniature import paper
-from lfu import methods, model
+from lfu import model
 from lfu.io.config import Config, read_config, tensor_shapes
 from lfu.io.files import write_json, write_tensors
 from lfu.model import Params
 from lfu.profiling import bench
-from lfu.profiling.bench import RANK, SCALE
+from lfu.profiling.bench import RANK
 from lfu.profiling.memory import peak
 
 LARGE: dict[str, Any] = {
@@ -107,10 +107,8 @@ def step(shape: str, folder: Path, length: int, remat: bool) -> None:
 
 def gradient(name: str, config: Config, base: Params, length: int, *, remat: bool = False) -> bench.Work:
     """One gradient of a method from one row, three fifths of which are answer."""
-    batch = bench.random_batch(config, 1, length, round(0.6 * length), 0, torch.device("cpu"))
-    method = methods.bind(name, config, scale=SCALE, remat=remat)[0]
-    task = bench.fresh_task(config, base, RANK)
-    return partial(method, config, base, task, batch, torch.Generator().manual_seed(0))
+    here = config, base, bench.fresh_task(config, base, RANK)
+    return one_step(here, name, 1, length, round(0.6 * length), remat=remat)[1]
 
 
 def resident(line: str = "VmRSS") -> float:
