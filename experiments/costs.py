@@ -39,13 +39,15 @@ from lfu.schedule import Settings, rows_of_step
 
 ROWS, LENGTH, ANSWER = 4, 200, 120
 NAMES = ("sft", "lfu-lora", "lfu-reps")
+KINDS = {name + flag: (name, bool(flag)) for name in NAMES for flag in ("", " --remat")}
+"""Title -> method, and whether it is with --remat."""
 Model = tuple[Config, Params, Lora]
 
 
 def main() -> None:
-    verbs = {each.__name__: each for each in (remat, precision, operations, padding, compiled)}
+    commands = {each.__name__: each for each in (remat, precision, operations, padding, compiled)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=verbs)
+    parser.add_argument("what", choices=commands)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="JSONL file for padding")
     parser.add_argument("--blocks", type=int, help="for compiled: the first blocks alone (default: all)")
@@ -54,7 +56,7 @@ def main() -> None:
     if parsed.what == "padding" and parsed.data is None:
         parser.error("padding needs --data")
     config, base = model.load(parsed.model, dtype=torch.bfloat16)
-    verbs[parsed.what]((config, base, bench.fresh_task(config, base, RANK)), parsed)
+    commands[parsed.what]((config, base, bench.fresh_task(config, base, RANK)), parsed)
 
 
 def one_step(here: Model, name: str, rows: int, length: int, answer: int, **how: Any) -> tuple[BoundMethod, Work]:
@@ -71,15 +73,14 @@ def one_step(here: Model, name: str, rows: int, length: int, answer: int, **how:
 
 def remat(here: Model, parsed: argparse.Namespace) -> None:
     """With and without --remat; and the expected peak over the one that is counted, for three shapes."""
-    kinds = {f"{name}{' --remat' * again}": (name, again) for name in NAMES for again in (False, True)}
-    works = {row: one_step(here, name, ROWS, LENGTH, ANSWER, remat=again)[1] for row, (name, again) in kinds.items()}
+    works = {row: one_step(here, name, ROWS, LENGTH, ANSWER, remat=again)[1] for row, (name, again) in KINDS.items()}
     times, peaks = interleaved(works, parsed.rounds), {row: peak(work) for row, work in works.items()}
     print("| method | time / the same without | peak MiB | / the same without |\n|---|---|---|---|")
-    for row, (name, _) in kinds.items():
+    for row, (name, _) in KINDS.items():
         memory = f"{peaks[row] / 2**20:.0f} | {peaks[row] / peaks[name]:.2f}"
         print(f"| {row} | {spread(times[row], times[name])} | {memory} |", flush=True)
     for rows, length, answer in ((1, 200, 120), (4, 200, 120), (2, 400, 240)):
-        for row, (name, again) in kinds.items():
+        for row, (name, again) in KINDS.items():
             method, work = one_step(here, name, rows, length, answer, remat=again)
             expected = expected_peak(partial(method.probe, *here), rows * length, answer / length)
             print(f"{row}, {rows} x {length}: expected over counted {expected / peak(work):.3f}", flush=True)

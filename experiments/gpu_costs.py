@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
-from experiments.costs import NAMES, float32_parts, one_step
+from experiments.costs import KINDS, float32_parts, one_step
 from experiments.fidelity import patched
 from experiments.gpu_tables import Run, Table, save, tell
 from experiments.miniature.mini import MINI
@@ -125,9 +125,8 @@ def steps(run: Run) -> None:
 
 
 def step_costs(run: Run, here: Large, peers: bench.Peers | None, batch: Batch) -> Table:
-    own = {f"{name}{' --remat' * remat}": (name, remat) for name in NAMES for remat in (False, True)}
     bound = {
-        title: methods.bind(name, here.config, scale=SCALE, remat=remat)[0] for title, (name, remat) in own.items()
+        title: methods.bind(name, here.config, scale=SCALE, remat=remat)[0] for title, (name, remat) in KINDS.items()
     }
     task, generator = bench.fresh_task(here.config, here.base, RANK), torch.Generator(run.device)
     works: dict[str, Work] = {

@@ -74,14 +74,14 @@ METHODS = ("lfu-lora", "lfu-reps")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True)
-    one = verbs.add_parser("step")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("step")
     one.add_argument("--shape", choices=SHAPES, required=True)
     one.add_argument("--folder", type=Path, required=True)
     one.add_argument("--length", type=int, default=64)
     one.add_argument("--remat", action="store_true")
     one.set_defaults(run=lambda parsed: step(parsed.shape, parsed.folder, parsed.length, parsed.remat))
-    verbs.add_parser("growth").set_defaults(run=lambda _: growth())
+    commands.add_parser("growth").set_defaults(run=lambda _: growth())
     parsed = parser.parse_args()
     parsed.run(parsed)
 
