@@ -12,13 +12,11 @@ Ratios within one run, the median of interleaved rounds, with their range. One s
 
 import argparse
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -26,26 +24,30 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from experiments.fidelity import Patches, patched
 from lfu import methods, model, train
 from lfu.data.batches import Example, split_by_length
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer
 from lfu.lora import Adapter, Lora
+from lfu.methods import BoundMethod
 from lfu.model import Config, Layer, Linear, Params, Product
 from lfu.profiling import bench
-from lfu.profiling.bench import Work, interleaved, own_steps, spread, timed
+from lfu.profiling.bench import RANK, SCALE, Work, interleaved, own_steps, spread, timed
 from lfu.profiling.memory import expected_peak, peak
 from lfu.schedule import Settings, rows_of_step
 
-RANK, ROWS, LENGTH, ANSWER = 8, 4, 200, 120
+ROWS, LENGTH, ANSWER = 4, 200, 120
 NAMES = ("sft", "lfu-lora", "lfu-reps")
+KINDS = {name + flag: (name, bool(flag)) for name in NAMES for flag in ("", " --remat")}
+"""Title -> method, and whether it is with --remat."""
 Model = tuple[Config, Params, Lora]
 
 
 def main() -> None:
-    verbs = {each.__name__: each for each in (remat, precision, operations, padding, compiled)}
+    commands = {each.__name__: each for each in (remat, precision, operations, padding, compiled)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=verbs)
+    parser.add_argument("what", choices=commands)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="JSONL file for padding")
     parser.add_argument("--blocks", type=int, help="for compiled: the first blocks alone (default: all)")
@@ -54,15 +56,16 @@ def main() -> None:
     if parsed.what == "padding" and parsed.data is None:
         parser.error("padding needs --data")
     config, base = model.load(parsed.model, dtype=torch.bfloat16)
-    verbs[parsed.what]((config, base, bench.fresh_task(config, base, RANK)), parsed)
+    commands[parsed.what]((config, base, bench.fresh_task(config, base, RANK)), parsed)
 
 
-def one_step(here: Model, name: str, rows: int, length: int, answer: int, **how: Any) -> tuple[Any, Work]:
+def one_step(here: Model, name: str, rows: int, length: int, answer: int, **how: Any) -> tuple[BoundMethod, Work]:
     """A bound method, and its gradient of a random batch."""
     config, base, task = here
-    batch = bench.random_batch(config, rows, length, answer, 0, torch.device("cpu"))
-    method = methods.bind(name, config, scale=bench.SCALE, **how)[0]
-    return method, partial(method, config, base, task, batch, torch.Generator().manual_seed(0))
+    device = base.embed.device
+    batch = bench.random_batch(config, rows, length, answer, 0, device)
+    method = methods.bind(name, config, scale=SCALE, **how)[0]
+    return method, partial(method, config, base, task, batch, torch.Generator(device).manual_seed(0))
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -70,15 +73,14 @@ def one_step(here: Model, name: str, rows: int, length: int, answer: int, **how:
 
 def remat(here: Model, parsed: argparse.Namespace) -> None:
     """With and without --remat; and the expected peak over the one that is counted, for three shapes."""
-    kinds = {f"{name}{' --remat' * again}": (name, again) for name in NAMES for again in (False, True)}
-    works = {row: one_step(here, name, ROWS, LENGTH, ANSWER, remat=again)[1] for row, (name, again) in kinds.items()}
+    works = {row: one_step(here, name, ROWS, LENGTH, ANSWER, remat=again)[1] for row, (name, again) in KINDS.items()}
     times, peaks = interleaved(works, parsed.rounds), {row: peak(work) for row, work in works.items()}
     print("| method | time / the same without | peak MiB | / the same without |\n|---|---|---|---|")
-    for row, (name, _) in kinds.items():
+    for row, (name, _) in KINDS.items():
         memory = f"{peaks[row] / 2**20:.0f} | {peaks[row] / peaks[name]:.2f}"
         print(f"| {row} | {spread(times[row], times[name])} | {memory} |", flush=True)
     for rows, length, answer in ((1, 200, 120), (4, 200, 120), (2, 400, 240)):
-        for row, (name, again) in kinds.items():
+        for row, (name, again) in KINDS.items():
             method, work = one_step(here, name, rows, length, answer, remat=again)
             expected = expected_peak(partial(method.probe, *here), rows * length, answer / length)
             print(f"{row}, {rows} x {length}: expected over counted {expected / peak(work):.3f}", flush=True)
@@ -92,36 +94,22 @@ def precision(here: Model, parsed: argparse.Namespace) -> None:
     config, base, task = here
     batch = bench.random_batch(config, ROWS, LENGTH, ANSWER, 0, torch.device("cpu"))
     own = own_steps(config, base, task, batch)
-    parts = {"as it is": []} | float32_parts()
     for name in ("sft", "lfu-lora"):
-        times = interleaved({part: patched(own[name], how) for part, how in parts.items()}, parsed.rounds)
-        for part in parts:
-            print(f"{name}, {part}: {spread(times[part], times['as it is'])}", flush=True)
+        works = {part: patched(patches)(own[name]) for part, patches in float32_parts().items()}
+        times = interleaved(works, parsed.rounds)
+        for part, seconds in times.items():
+            print(f"{name}, {part}: {spread(seconds, times['as it is'])}", flush=True)
 
 
-def float32_parts() -> dict[str, list[tuple[Any, str, Any]]]:
-    """What to replace so that these parts of a step are computed in bfloat16."""
-    attention = (F, "scaled_dot_product_attention", rounded_attention(F.scaled_dot_product_attention))
-    adapters = (model, "linear_with_adapters", rounded_adapters)
-    norms = (model, "rms_norm", rounded_norm(model.rms_norm))
-    return {
-        "attention": [attention],
-        "adapters": [adapters],
-        "norms": [norms],
-        "all three": [attention, adapters, norms],
+def float32_parts() -> dict[str, Patches]:
+    """What to replace so that these parts of a step are computed in bfloat16; at first nothing, to compare with."""
+    attention: Patches = {
+        "torch.nn.functional.scaled_dot_product_attention": rounded_attention(F.scaled_dot_product_attention)
     }
-
-
-def patched(work: Work, patches: list[tuple[Any, str, Any]]) -> Work:
-    """The work with these names replaced while it lasts."""
-
-    def run() -> None:
-        with ExitStack() as stack:
-            for where, name, replacement in patches:
-                stack.enter_context(patch.object(where, name, replacement))
-            work()
-
-    return run
+    adapters: Patches = {"lfu.model.linear_with_adapters": rounded_adapters}
+    norms: Patches = {"lfu.model.rms_norm": rounded_norm(model.rms_norm)}
+    parts = {"attention": attention, "adapters": adapters, "norms": norms}
+    return {"as it is": {}, **parts, "all three": attention | adapters | norms}
 
 
 def rounded_attention(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -153,7 +141,7 @@ class Clock(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         dtype = next((leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), "no tensor")
@@ -170,8 +158,9 @@ def operations(here: Model, parsed: argparse.Namespace) -> None:
     work()
     with Clock() as clock:
         work()
-    for name, seconds in clock.seconds.most_common(20):
-        print(f"{name}: {seconds / clock.seconds.total():.1%}", flush=True)
+    total = sum(clock.seconds.values())
+    for name, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1])[:20]:
+        print(f"{name}: {seconds / total:.1%}", flush=True)
 
 
 def padding(here: Model, parsed: argparse.Namespace) -> None:
@@ -179,7 +168,7 @@ def padding(here: Model, parsed: argparse.Namespace) -> None:
     config, base, task = here
     tokenizer, settings = load_tokenizer(parsed.model, config.vocab_size), Settings()
     examples = [encode_row(tokenizer, Format(), row) for row in read_rows(parsed.data)]
-    method = methods.bind("sft", config, scale=bench.SCALE)[0]
+    method = methods.bind("sft", config, scale=SCALE)[0]
     for step in range(3):
         chosen = [examples[row] for row in rows_of_step(len(examples), settings, step)[1]]
         lengths = [len(example.tokens) for example in chosen]

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from experiments.markdown import markdown
-from experiments.mini import MINI, SPLITS
+from experiments.miniature.mini import MINI, SPLITS
 from lfu.cli import EvalOptions, TrainOptions, evaluate, train
 from lfu.evaluation.estimates import Estimate
 from lfu.methods import METHODS

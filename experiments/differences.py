@@ -31,10 +31,11 @@ from lfu.io.config import Config, read_config
 from lfu.lora import Adapter, Lora
 from lfu.loss import answer_labels, answer_mask, consistency_loss, sft_loss
 from lfu.model import Params, Steering, embed, forward, trunk, unembed
+from lfu.profiling.bench import RANK, SCALE
 from lfu.schedule import Settings
 from lfu.train import ascend, differentiate, sft_gradient
 
-SCALE, RANK, ROWS, MICRO_BATCH = fidelity.SCALE, fidelity.RANK, 16, 4
+ROWS, MICRO_BATCH = 16, 4
 PUBLISHED = {name: methods.METHODS[f"lfu-{name}"].published for name in ("lora", "reps")}
 DRAWS = 2000
 """How many pairs of batches the statement about their lengths rests on."""
@@ -62,6 +63,8 @@ Rows = Iterator[tuple[str, Callable[[], Found]]]
 """What is different, and how to compute it."""
 States = Callable[[Config, Params, Tensor, list[Tensor]], list[Tensor]]
 """(config, base, embeddings, h_1 .. h_K) -> the states to compare."""
+Average = Callable[[Callable[[slice], Tensor], Batch], Tensor]
+"""(loss of these rows, batch) -> the loss of the batch."""
 
 
 def main() -> None:
@@ -97,6 +100,11 @@ def show(title: str, rows: Rows) -> None:
     print()
 
 
+def block_states(config: Config, base: Params, x: Tensor, hidden: list[Tensor]) -> list[Tensor]:
+    """The K states of Eq. 5."""
+    return hidden
+
+
 # --- LfU (LoRA) -----------------------------------------------------------------------------------
 
 
@@ -121,56 +129,53 @@ def lora_variant(
     moved: str = "auxiliary",
     ascent_on: Batch | None = None,
     seed: int = 1,
-    states: States | None = None,
+    states: States = block_states,
     mask: Callable[[Tensor], Tensor] = answer_mask,
     norm: str = "mean",
     per_example: bool = False,
 ) -> Found:
     """Algorithm 1, written out in three passes, with one thing or another changed."""
-    config, base, task, _, batch, _ = case
-    alpha, lam = (PUBLISHED["lora"][name] for name in ("alpha", "lam"))
-    aux = lora.init(config, RANK, generator=torch.Generator().manual_seed(seed))
+    task, batch = case.task, case.batch
+    aux = lora.init(case.config, RANK, generator=torch.Generator().manual_seed(seed))
     average = over_examples if per_example else over_tokens
-
-    def loss(task: Lora, aux: Lora, on: Batch = batch) -> tuple[Tensor, Any]:
-        h = trunk(config, base, embed(base, on.tokens), [(task, SCALE), (aux, SCALE)])[-1]
-
-        def mean(rows: slice) -> Tensor:
-            # Logits where they are needed only: all of 16 rows at once would take several gigabytes.
-            labels = on.labels[rows]
-            return F.cross_entropy(unembed(config, base, h[rows][answer_mask(labels)]), answer_labels(labels))
-
-        return average(mean, on), ()
-
-    (sft, on_aux), _, _ = differentiate(loss, task, aux)
-    on_task = sft
-    if ascent_on is not None:
-        (on_task, on_aux), _, _ = differentiate(partial(loss, on=ascent_on), task, aux)
-    step = tree_map(torch.sub, ascend(task, on_task, alpha), task)
-    undesirable = ascend(aux, on_aux, alpha)
-
-    def perturbed(task: Lora) -> list[Adapter]:
-        if moved == "task":
-            return [(tree_map(torch.add, task, step), SCALE)]
-        return [(task, SCALE), (undesirable, SCALE)]
-
-    def compared_states(adapters: list[Adapter]) -> list[Tensor]:
-        x = embed(base, batch.tokens)
-        hidden = trunk(config, base, x, adapters)
-        return states(config, base, x, hidden) if states else hidden
+    loss, compared = partial(lora_loss, case, average), partial(compared_states, case, states, batch.tokens)
+    (sft, on_aux), _, _ = differentiate(partial(loss, batch), task, aux)
+    ascent = (sft, on_aux) if ascent_on is None else differentiate(partial(loss, ascent_on), task, aux)[0]
+    perturbed, clean = perturbed_adapters(task, aux, ascent, moved), compared([(task, SCALE)])
 
     def consistency(task: Lora) -> tuple[Tensor, Any]:
-        moved_states, positions = compared_states(perturbed(task)), mask(batch.labels)
+        moving, positions = compared(perturbed(task)), mask(batch.labels)
 
         def distance(rows: slice) -> Tensor:
-            pair = [[h[rows] for h in each] for each in (clean, moved_states)]
+            pair = [h[rows] for h in clean], [h[rows] for h in moving]
             return consistency_loss(*pair, positions[rows], norm=norm)
 
         return average(distance, batch), ()
 
-    clean = compared_states([(task, SCALE)])
     (cons,), _, _ = differentiate(consistency, task)
-    return eq_6(sft, cons, lam)
+    return eq_6(sft, cons, PUBLISHED["lora"]["lam"])
+
+
+def lora_loss(case: Case, average: Average, on: Batch, task: Lora, aux: Lora) -> tuple[Tensor, Any]:
+    """Eq. 1 with the auxiliary LoRA beside the task's."""
+    h = trunk(case.config, case.base, embed(case.base, on.tokens), [(task, SCALE), (aux, SCALE)])[-1]
+
+    def mean(rows: slice) -> Tensor:
+        # Logits where they are needed only: all of 16 rows at once would take several gigabytes.
+        labels = on.labels[rows]
+        return F.cross_entropy(unembed(case.config, case.base, h[rows][answer_mask(labels)]), answer_labels(labels))
+
+    return average(mean, on), ()
+
+
+def perturbed_adapters(task: Lora, aux: Lora, ascent: Sequence[Lora], moved: str) -> Callable[[Lora], list[Adapter]]:
+    """Eq. 2, by the gradients of both: any task LoRA -> the adapters of the perturbed pass."""
+    (on_task, on_aux), alpha = ascent, PUBLISHED["lora"]["alpha"]
+    if moved == "task":
+        step = tree_map(torch.sub, ascend(task, on_task, alpha), task)
+        return lambda task: [(tree_map(torch.add, task, step), SCALE)]
+    undesirable = ascend(aux, on_aux, alpha)
+    return lambda task: [(task, SCALE), (undesirable, SCALE)]
 
 
 # --- LfU (RepS) -----------------------------------------------------------------------------------
@@ -201,47 +206,47 @@ def reps_variant(
     turned: bool = False,
     trained: str = "perturbed",
     perturbed_on: Batch | None = None,
-    states: States | None = None,
+    states: States = block_states,
     mask: Callable[[Tensor], Tensor] = answer_mask,
 ) -> Found:
     """Algorithm 2, written out in three passes, with one thing or another changed."""
-    config, base, task, _, batch, _ = case
-    alpha, lam = (PUBLISHED["reps"][name] for name in ("alpha", "lam"))
-    where = torch.ones_like if everywhere else answer_mask
-
-    def loss(d: Tensor) -> tuple[Tensor, Any]:
-        steered = Steering(d, where(batch.labels).bool())
-        return sft_loss(forward(config, base, batch.tokens, [(task, SCALE)], steered)[0], batch.labels), ()
-
-    zero = steering.zeros(config)
-    direction = differentiate(loss, zero)[0][0] if vectors is None else vectors
+    base, task, batch, alpha = case.base, case.task, case.batch, PUBLISHED["reps"]["alpha"]
+    where, compared = torch.ones_like if everywhere else answer_mask, partial(compared_states, case, states)
+    zero = steering.zeros(case.config)
+    direction = differentiate(partial(reps_loss, case, where), zero)[0][0] if vectors is None else vectors
     undesirable = ascend(zero, direction, alpha)
 
-    def compared_states(tokens: Tensor, *how: Any, **product: Any) -> list[Tensor]:
-        x = embed(base, tokens)
-        hidden = trunk(config, base, x, *how, **product)
-        return states(config, base, x, hidden) if states else hidden
-
-    def perturbed_states(task: Lora) -> list[Tensor]:
+    def perturbed(task: Lora) -> list[Tensor]:
         tokens, labels = perturbed_on or batch
         if turned:
-            found = compared_states(tokens, product=released.steered_mlp_product(base, task, SCALE, undesirable, alpha))
+            found = compared(tokens, product=released.steered_mlp_product(base, task, SCALE, undesirable, alpha))
         else:
-            found = compared_states(tokens, [(task, SCALE)], Steering(undesirable, where(labels).bool()))
+            found = compared(tokens, [(task, SCALE)], Steering(undesirable, where(labels).bool()))
         return [released.match_length(h, batch.tokens.shape[1]) for h in found]
 
-    def consistency(task: Lora) -> tuple[Tensor, Any]:
-        if trained == "clean":
-            return consistency_loss(constant, compared_states(batch.tokens, [(task, SCALE)]), mask(batch.labels)), ()
-        return consistency_loss(constant, perturbed_states(task), mask(batch.labels)), ()
+    def clean(task: Lora) -> list[Tensor]:
+        return compared(batch.tokens, [(task, SCALE)])
 
-    constant = perturbed_states(task) if trained == "clean" else compared_states(batch.tokens, [(task, SCALE)])
-    (cons,), _, _ = differentiate(consistency, task)
-    sft, _ = sft_gradient(config, base, task, batch, scale=SCALE)
-    return eq_6(sft, cons, lam)
+    still, moving = (perturbed, clean) if trained == "clean" else (clean, perturbed)
+    constant = still(task)
+    (cons,), _, _ = differentiate(lambda task: (consistency_loss(constant, moving(task), mask(batch.labels)), ()), task)
+    sft, _ = sft_gradient(case.config, base, task, batch, scale=SCALE)
+    return eq_6(sft, cons, PUBLISHED["reps"]["lam"])
+
+
+def reps_loss(case: Case, where: Callable[[Tensor], Tensor], d: Tensor) -> tuple[Tensor, Any]:
+    """Eq. 1 with steering vectors."""
+    batch, steered = case.batch, Steering(d, where(case.batch.labels).bool())
+    return sft_loss(forward(case.config, case.base, batch.tokens, [(case.task, SCALE)], steered)[0], batch.labels), ()
 
 
 # --- what both share ------------------------------------------------------------------------------
+
+
+def compared_states(case: Case, states: States, tokens: Tensor, *how: Any, **product: Any) -> list[Tensor]:
+    """What a forward pass gives the consistency loss to compare."""
+    x = embed(case.base, tokens)
+    return states(case.config, case.base, x, trunk(case.config, case.base, x, *how, **product))
 
 
 def answer(labels: Tensor) -> Tensor:  # [B,T] -> [B,T] bool
@@ -286,7 +291,7 @@ def by_method(case: Case, name: str, base: Params | None = None) -> Found:
 def low(case: Case, name: str) -> Found:
     """The same with weights, stream and adapters in bfloat16, both passes rounded on their own."""
     base = tree_map(lambda tensor: None if tensor is None else tensor.bfloat16(), case.base)
-    with fidelity.changed((fidelity.plain_products, fidelity.low_stream)):
+    with fidelity.patched(fidelity.PLAIN_PRODUCTS | fidelity.LOW_STREAM):
         return by_method(case, name, base)
 
 
@@ -336,7 +341,7 @@ def step(
 
 
 def weighted(shares: list[float], parts: list[Tensor]) -> Tensor:
-    return sum(share * part for share, part in zip(shares, parts, strict=True))
+    return sum((share * part for share, part in zip(shares, parts, strict=True)), torch.zeros_like(parts[0]))
 
 
 # --- single facts ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ consistency loss (Eq. 5) and of the whole LfU loss (Eq. 6).
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer
 from lfu.io.config import Config, read_config
 from lfu.model import Params
+from lfu.profiling.bench import RANK, SCALE
 
 
 class Setting(NamedTuple):
@@ -43,43 +44,33 @@ SETTINGS = (
     Setting("LoRA, α 0.001, λ 500", "lfu-lora", 0.001, 500.0),
     Setting("steering, α 0.1, λ 0.1", "lfu-reps", 0.1, 0.1),
 )
-SCALE, RANK = 2.0, 8
 # So large that taking the SFT gradient away from Eq. 6 again costs the consistency gradient no digits.
 LAMBDA = 1e12
 Gradients = dict[str, Tensor]
 
 
-@contextmanager
-def plain_products() -> Iterator[None]:
-    """The perturbed pass computed as the clean one is, each rounded on its own; not under remat."""
-    with ExitStack() as stack:
-        for module in ("lfu.train", "lfu.baselines.released"):
-            stack.enter_context(patch(f"{module}.relative_to", lambda record: model.base_product))
-        yield
-
-
-@contextmanager
-def low_stream() -> Iterator[None]:
-    """Residual stream, norms, adapters and losses in bfloat16 too."""
-    with ExitStack() as stack:
-        for module in ("lfu.model", "lfu.train"):
-            stack.enter_context(patch(f"{module}.stream_dtype", lambda params: torch.bfloat16))
-        yield
-
-
-PRECISIONS = {
-    "float32": (torch.float32, ()),
-    "bfloat16 throughout": (torch.bfloat16, (plain_products, low_stream)),
-    "float32 stream, bfloat16 products": (torch.bfloat16, (plain_products,)),
-    "difference-exact (the default)": (torch.bfloat16, ()),
+Patches = dict[str, Callable[..., Any]]
+"""Name of a function, from its module on -> what stands in for it."""
+# The perturbed pass computed as the clean one is, each rounded on its own; not under remat.
+PLAIN_PRODUCTS: Patches = {
+    f"lfu.{module}.relative_to": lambda record: model.base_product for module in ("train", "baselines.released")
+}
+# Residual stream, norms, adapters and losses in bfloat16 too.
+LOW_STREAM: Patches = {f"lfu.{module}.stream_dtype": lambda params: torch.bfloat16 for module in ("model", "train")}
+PRECISIONS: dict[str, tuple[torch.dtype, Patches]] = {
+    "float32": (torch.float32, {}),
+    "bfloat16 throughout": (torch.bfloat16, PLAIN_PRODUCTS | LOW_STREAM),
+    "float32 stream, bfloat16 products": (torch.bfloat16, PLAIN_PRODUCTS),
+    "difference-exact (the default)": (torch.bfloat16, {}),
 }
 
 
 @contextmanager
-def changed(patches: tuple) -> Iterator[None]:
+def patched(patches: Patches) -> Iterator[None]:
+    """With these replacements: a block, or a function that is called later."""
     with ExitStack() as stack:
-        for each in patches:
-            stack.enter_context(each())
+        for name, replacement in patches.items():
+            stack.enter_context(patch(name, replacement))
         yield
 
 
@@ -95,7 +86,7 @@ def main() -> None:
     reference = gradients(config, load(parsed.model, torch.float64), task, batch)
     columns = {}
     for name, (dtype, patches) in PRECISIONS.items():
-        with changed(patches):
+        with patched(patches):
             found = gradients(config, load(parsed.model, dtype), task, batch)
         columns[name] = {title: compared(found[title], reference[title]) for title in reference}
     print(table(columns))
@@ -151,7 +142,7 @@ def kind(title: str) -> str:
 def ascending_into(ascents: list[Tensor]) -> Iterator[None]:
     """Notes the direction of every ascent step."""
 
-    def ascend(aux: train.Aux, gradient: train.Aux, alpha: float) -> train.Aux:
+    def ascend(aux: train.Tree, gradient: train.Tree, alpha: float) -> train.Tree:
         ascents.append(flat(gradient))
         return plain(aux, gradient, alpha)
 

@@ -5,28 +5,27 @@ Times on a GPU are those of its own events. Read next: `gpu_real.py`.
 
 import math
 import statistics
-import tempfile
+from collections.abc import Mapping
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
-from experiments import costs
-from experiments.gpu_tables import NAMES, RANK, SCALE, Run, save, tell
-from experiments.mini import MINI
-from experiments.scale import SHAPES, drawn
-from lfu import lora, methods, model
+from experiments.costs import KINDS, float32_parts, one_step
+from experiments.fidelity import patched
+from experiments.gpu_tables import Run, Table, save, tell
+from experiments.miniature.mini import MINI
+from experiments.scale import SHAPES, config_of, drawn
+from lfu import methods, model
 from lfu.data.batches import Batch
 from lfu.data.tokens import load_tokenizer
 from lfu.errors import is_out_of_memory
-from lfu.io.config import Config, read_config, tensor_shapes
-from lfu.io.files import write_json
+from lfu.io.config import Config, tensor_shapes
 from lfu.model import Params
 from lfu.profiling import bench
-from lfu.profiling.bench import Work, spread
+from lfu.profiling.bench import RANK, SCALE, Work, spread
 from lfu.profiling.memory import expected_peak, peak
 
 # --- the shape of Llama-3.1-8B --------------------------------------------------------------------
@@ -48,9 +47,7 @@ SMALL_SHAPE = {
 
 def large(run: Run) -> Large:
     settings = SHAPES["llama-3.1-8b"] | (SMALL_SHAPE if run.small else {})
-    with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / "config.json", settings)
-        config = read_config(Path(folder) / "config.json")
+    config = config_of(settings)
     generator = torch.Generator(run.device).manual_seed(0)
     tensors = {name: drawn(shape, generator) for name, shape in tensor_shapes(config).items()}
     return Large(config, model.assemble(config, tensors), settings)
@@ -58,26 +55,21 @@ def large(run: Run) -> Large:
 
 def peers_of(here: Large) -> bench.Peers | None:
     """The same tensors inside transformers and peft, not copied."""
-    try:
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        return None
     options = {name: value for name, value in here.settings.items() if name not in ("model_type", "torch_dtype")}
-    settings = AutoConfig.for_model(here.settings["model_type"], **options)
     device, tensors = here.base.embed.device, model.named_tensors(here.config, here.base)
 
     def plain() -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        settings = AutoConfig.for_model(here.settings["model_type"], **options)
         with torch.device("meta"):
             found = AutoModelForCausalLM.from_config(settings, dtype=here.base.embed.dtype)
         found.load_state_dict(tensors, assign=True)
         with device:  # these tables are not among the tensors that are loaded
             found.model.rotary_emb = type(found.model.rotary_emb)(settings)
-        found.generation_config.eos_token_id = None
-        return found.eval()
+        return found
 
-    adapters = LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=list(lora.TARGETS))
-    return bench.Peers(plain(), get_peft_model(plain(), adapters))
+    return bench.make_peers(plain, RANK)
 
 
 def seconds(work: Work, device: torch.device) -> float:
@@ -92,11 +84,9 @@ def seconds(work: Work, device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def interleaved(works: dict[str, Work], run: Run) -> dict[str, list[float]]:
-    """Seconds of each work, round after round, after one that is not counted."""
-    rounds = range(2 if run.small else 11)
-    times = [{name: seconds(work, run.device) for name, work in works.items()} for _ in rounds]
-    return {name: [each[name] for each in times[1:]] for name in works}
+def interleaved(works: Mapping[str, Work], run: Run) -> dict[str, list[float]]:
+    """`bench.interleaved` by this clock."""
+    return bench.interleaved(works, 1 if run.small else 10, partial(seconds, device=run.device))
 
 
 def bytes_at_peak(work: Work, device: torch.device) -> int:
@@ -130,20 +120,13 @@ def steps(run: Run) -> None:
         tell(run.out, "steps: transformers or peft is not installed: they are left out.")
     for rows, length in ((2, 16), (1, 32)) if run.small else ((4, 256), (2, 1024)):
         batch = bench.random_batch(here.config, rows, length, round(0.6 * length), 0, run.device)
-        save(
-            run,
-            "steps",
-            f"A step at the shape of Llama-3.1-8B, {rows} x {length} tokens",
-            *step_costs(run, here, peers, batch),
-        )
+        title = f"A step at the shape of Llama-3.1-8B, {rows} x {length} tokens"
+        save(run, "steps", title, step_costs(run, here, peers, batch))
 
 
-def step_costs(
-    run: Run, here: Large, peers: bench.Peers | None, batch: Batch
-) -> tuple[list[str], list[list[str]], str]:
-    own = {f"{name}{' --remat' * remat}": (name, remat) for name in NAMES for remat in (False, True)}
+def step_costs(run: Run, here: Large, peers: bench.Peers | None, batch: Batch) -> Table:
     bound = {
-        title: methods.bind(name, here.config, scale=SCALE, remat=remat)[0] for title, (name, remat) in own.items()
+        title: methods.bind(name, here.config, scale=SCALE, remat=remat)[0] for title, (name, remat) in KINDS.items()
     }
     task, generator = bench.fresh_task(here.config, here.base, RANK), torch.Generator(run.device)
     works: dict[str, Work] = {
@@ -172,7 +155,7 @@ def step_costs(
         f"bfloat16 weights, rank {RANK}, loss on {answers} tokens; the weights are not part of the peak, and blocks "
         f"computed again do not count as arithmetic. Matrix rate: {rate / 1e12:.3g} TFLOP/s."
     )
-    return head, lines, note
+    return Table(head, lines, note)
 
 
 def peer_works(peers: bench.Peers, batch: Batch) -> dict[str, Work]:
@@ -193,9 +176,12 @@ def peer_works(peers: bench.Peers, batch: Batch) -> dict[str, Work]:
 
 def tried(works: dict[str, Work], device: torch.device) -> tuple[dict[str, int], dict[str, str]]:
     """The peak of each work, and what went wrong with those that cannot be done."""
-    peaks, faults = {}, {}
+    peaks: dict[str, int] = {}
+    faults: dict[str, str] = {}
     for title, work in works.items():
         try:
+            if not peaks:
+                work()  # with the first products, cuBLAS takes its workspaces, and keeps them
             peaks[title] = bytes_at_peak(work, device)
         except RuntimeError as fault:
             faults[title] = "out of memory" if is_out_of_memory(fault) else str(fault).splitlines()[0]
@@ -211,20 +197,14 @@ def profile(run: Run) -> None:
     """The kernels of one lfu-lora step, and what its float32 parts cost."""
     here = large(run)
     rows, length = (2, 16) if run.small else (4, 256)
-    batch = bench.random_batch(here.config, rows, length, round(0.6 * length), 0, run.device)
-    task, generator = bench.fresh_task(here.config, here.base, RANK), torch.Generator(run.device)
-    method = methods.bind("lfu-lora", here.config, scale=SCALE)[0]
-    work = partial(method, here.config, here.base, task, batch, generator)
-    save(run, "profile", f"One lfu-lora step of {rows} x {length} tokens, by kernel", *kernels(run, work))
-    save(
-        run,
-        "profile",
-        "The same with float32 parts in bfloat16, where gradients are not right",
-        *in_bfloat16(run, work),
-    )
+    task = bench.fresh_task(here.config, here.base, RANK)
+    work = one_step((here.config, here.base, task), "lfu-lora", rows, length, round(0.6 * length))[1]
+    save(run, "profile", f"One lfu-lora step of {rows} x {length} tokens, by kernel", kernels(run, work))
+    title = "The same with float32 parts in bfloat16, where gradients are not right"
+    save(run, "profile", title, in_bfloat16(run, work))
 
 
-def kernels(run: Run, work: Work) -> tuple[list[str], list[list[str]], str]:
+def kernels(run: Run, work: Work) -> Table:
     work()
     cuda = run.device.type == "cuda"
     with profiled(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
@@ -242,7 +222,7 @@ def kernels(run: Run, work: Work) -> tuple[list[str], list[list[str]], str]:
     note = f"{calls} calls in all, {total / 1e3:.1f} ms."
     if cuda:
         note += f" Between its first and its last kernel the device is idle {idle_share(record):.1%} of the time."
-    return ["kernel" if cuda else "operation", "calls", "ms", "share"], rows, note
+    return Table(["kernel" if cuda else "operation", "calls", "ms", "share"], rows, note)
 
 
 def idle_share(record: Any) -> float:
@@ -256,15 +236,13 @@ def idle_share(record: Any) -> float:
     return 1 - busy / (end - spans[0][0])
 
 
-def in_bfloat16(run: Run, work: Work) -> tuple[list[str], list[list[str]], str]:
-    parts = costs.float32_parts()
-    works = {"as it is": work} | {part: costs.patched(work, patches) for part, patches in parts.items()}
-    times = interleaved(works, run)
+def in_bfloat16(run: Run, work: Work) -> Table:
+    times = interleaved({part: patched(patches)(work) for part, patches in float32_parts().items()}, run)
     rows = [
         [part, f"{1e3 * statistics.median(taken):.1f}", spread(taken, times["as it is"])]
         for part, taken in times.items()
     ]
-    return ["in bfloat16", "ms", "/ as it is"], rows, ""
+    return Table(["in bfloat16", "ms", "/ as it is"], rows)
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -285,4 +263,4 @@ def decoding(run: Run) -> None:
         beside = [spread(times[other], taken) if other in times else "-" for other in others]
         rows.append([name, f"{speed:.0f}", *beside])
     title = f"Decoding at the shape of Llama-3.1-8B: {count} prompts of up to {length} tokens, {new_tokens} more each"
-    save(run, "decoding", title, ["greedy decoding", "tokens/s", *(f"/ {other}" for other in others)], rows)
+    save(run, "decoding", title, Table(["greedy decoding", "tokens/s", *(f"/ {other}" for other in others)], rows))

@@ -7,7 +7,6 @@ not done in time is left out, and the table says that too.
 """
 
 import subprocess
-import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -16,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiments.gpu_tables import LIMITS, Run, save, tell
-from experiments.mini import MINI
+from experiments.gpu_tables import Run, Table, command, save, tell
+from experiments.miniature.mini import MINI
 from lfu import cli, lora, model
 from lfu.data.batches import Example
 from lfu.data.rows import read_rows
@@ -72,35 +71,20 @@ def sources(run: Run) -> Sources | None:
 
 def real(run: Run) -> None:
     """Start every run, wait for as long as there is time, and put what came of them into one table."""
-    deadline = time.monotonic() + LIMITS["real"] - SPARE
     if sources(run) is None:
         tell(run.out, "real: left out. It needs --model, --gsm8k and --wikitext.")
         return
-    running = {name: start(run, name) for name in METHODS}
-    for process in running.values():
+    running = [subprocess.Popen(command(f"real-{name}", **run._asdict())) for name in METHODS]
+    for process in running:
         try:
-            process.wait(max(0.0, deadline - time.monotonic()))
+            process.wait(max(0.0, run.until - SPARE - time.time()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
     rows = [[name, *cells(run.out / f"real-{name}.json")] for name in METHODS]
     note = f"One epoch, learning rate 1e-4, micro-batches of {run.micro_batch_size} rows; all at once on one device."
-    save(
-        run,
-        "real",
-        "SmolLM2-135M on GSM8K" if run.gsm8k else "The miniature, for a rehearsal",
-        ["run", *COLUMNS.values()],
-        rows,
-        note,
-    )
-
-
-def start(run: Run, name: str) -> subprocess.Popen[bytes]:
-    """A process for one run; what goes wrong there is told there."""
-    given = {"out": run.out, "device": run.device, "model": run.model, "gsm8k": run.gsm8k, "wikitext": run.wikitext}
-    given |= {"micro-batch-size": run.micro_batch_size, "part": f"real-{name}"}
-    options = [f"--{key}={value}" for key, value in given.items() if value is not None]
-    return subprocess.Popen([sys.executable, "-m", "experiments.gpu", *options, *(["--small"] * run.small)])
+    title = "SmolLM2-135M on GSM8K" if run.gsm8k else "The miniature, for a rehearsal"
+    save(run, "real", title, Table(["run", *COLUMNS.values()], rows, note))
 
 
 def cells(path: Path) -> list[str]:

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from experiments import fidelity
-from experiments.gpu_tables import ALPHA, LAM, NAMES, RANK, SCALE, Run, save
-from experiments.mini import MINI
+from experiments.costs import NAMES
+from experiments.gpu_tables import Run, Table, save
+from experiments.miniature.mini import MINI
 from lfu import cli, lora, methods, model, steering, train
 from lfu.checkpoints import checkpoints
 from lfu.data.batches import Batch, collate
@@ -34,19 +35,19 @@ from lfu.io.config import Config, read_config
 from lfu.io.tensors import read_all_tensors
 from lfu.lora import Lora
 from lfu.profiling import bench
-from lfu.profiling.bench import Work
+from lfu.profiling.bench import ALPHA, LAM, RANK, SCALE, Work
 
 DTYPES = (torch.float64, torch.float32)
 
 
 def right(run: Run) -> None:
     """Gradients, precision, decoding, a run that is killed, its scores, and where the host waits for the device."""
-    save(run, "right", "Gradients of the miniature against the CPU's", *gradient_errors(run))
-    save(run, "right", "Where the host waits for the device within one gradient", *waits(run))
-    save(run, "right", "The miniature's answers against the CPU's", *answers(run))
-    save(run, "right", "The precision of the gradients on the device", *precision(run))
+    save(run, "right", "Gradients of the miniature against the CPU's", gradient_errors(run))
+    save(run, "right", "Where the host waits for the device within one gradient", waits(run))
+    save(run, "right", "The miniature's answers against the CPU's", answers(run))
+    save(run, "right", "The precision of the gradients on the device", precision(run))
     with tempfile.TemporaryDirectory() as folder:
-        save(run, "right", "A run of the miniature", *whole_runs(run, Path(folder)))
+        save(run, "right", "A run of the miniature", whole_runs(run, Path(folder)))
 
 
 def mini_batch(device: torch.device) -> tuple[Config, Batch]:
@@ -70,7 +71,7 @@ def mini_gradient(name: str, dtype: torch.dtype, device: torch.device, remat: bo
     return lambda: train.lfu_gradient(config, base, task, aux, batch, **how)[0]
 
 
-def gradient_errors(run: Run) -> tuple[list[str], list[list[str]], str]:
+def gradient_errors(run: Run) -> Table:
     rows = []
     for name in NAMES:
         for dtype in DTYPES:
@@ -81,17 +82,17 @@ def gradient_errors(run: Run) -> tuple[list[str], list[list[str]], str]:
             same = "yes" if torch.equal(plain, again) else f"no, {error(again, plain):.1e}"
             rows.append([name, str(dtype).removeprefix("torch."), f"{error(plain, expected):.1e}", same])
     note = "In float64 what remains is the rotary tables, which are float32 in every dtype and rounded by each device."
-    return ["method", "dtype", "relative error", "--remat the same bit for bit"], rows, note
+    return Table(["method", "dtype", "relative error", "--remat the same bit for bit"], rows, note)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def waits(run: Run) -> tuple[list[str], list[list[str]], str]:
+def waits(run: Run) -> Table:
     """The lines of this project at which a gradient, or the loop around it, makes the host wait for the GPU."""
     if run.device.type != "cuda":
-        return ["method", "waits", "where"], [[name, "-", "-"] for name in NAMES], "Only CUDA can tell."
+        return Table(["method", "waits", "where"], [[name, "-", "-"] for name in NAMES], "Only CUDA can tell.")
     config, batch = mini_batch(run.device)
     base, rows = model.load(MINI, dtype=torch.float32, device=run.device)[1], []
     task = bench.fresh_task(config, base, RANK)
@@ -100,7 +101,7 @@ def waits(run: Run) -> tuple[list[str], list[list[str]], str]:
         method(config, base, task, batch, generator)
         found = Counter(waiting_lines(partial(method, config, base, task, batch, generator)))
         rows.append([name, str(found.total()), ", ".join(f"{line} ({count})" for line, count in found.items())])
-    return ["method", "waits", "where (how often)"], rows, ""
+    return Table(["method", "waits", "where (how often)"], rows)
 
 
 def waiting_lines(work: Work) -> list[str]:
@@ -114,7 +115,7 @@ def waiting_lines(work: Work) -> list[str]:
     return [f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]
 
 
-def answers(run: Run) -> tuple[list[str], list[list[str]], str]:
+def answers(run: Run) -> Table:
     """Greedy answers, token by token."""
     config, _ = mini_batch(run.device)
     tokenizer, questions = load_tokenizer(MINI, config.vocab_size), read_rows(MINI / "helpfulness" / "test.jsonl")
@@ -128,10 +129,10 @@ def answers(run: Run) -> tuple[list[str], list[list[str]], str]:
             texts.append([found[index].tokens for index in range(len(prompts))])
         same = sum(here == there for here, there in zip(*texts))
         rows.append([str(dtype).removeprefix("torch."), f"{same} of {len(prompts)}"])
-    return ["dtype", "answers with the same tokens"], rows, ""
+    return Table(["dtype", "answers with the same tokens"], rows)
 
 
-def precision(run: Run) -> tuple[list[str], list[list[str]], str]:
+def precision(run: Run) -> Table:
     """`fidelity.py` for the consistency gradient, everything on the device."""
     config, batch = mini_batch(run.device)
     task = tree_map(lambda leaf: leaf.to(run.device), fidelity.starting_point(config, None))
@@ -143,16 +144,16 @@ def precision(run: Run) -> tuple[list[str], list[list[str]], str]:
     titles = [title for title in expected if title.startswith("consistency")]
     rows = []
     for name, (dtype, patches) in fidelity.PRECISIONS.items():
-        with fidelity.changed(patches):
+        with fidelity.patched(patches):
             found = fidelity.gradients(config, bases[dtype], task, batch)
         rows.append([name, *(fidelity.compared(found[title], expected[title]) for title in titles)])
-    return ["cosine, norm ratio", *titles], rows, "Against float64 on the same device."
+    return Table(["cosine, norm ratio", *titles], rows, "Against float64 on the same device.")
 
 
 # --- one run, killed and resumed ------------------------------------------------------------------
 
 
-def whole_runs(run: Run, folder: Path) -> tuple[list[str], list[list[str]], str]:
+def whole_runs(run: Run, folder: Path) -> Table:
     """A run that is killed and resumed; a run that draws nothing at random, here and on the CPU; and their scores."""
 
     def adapter(name: str) -> Path:
@@ -172,7 +173,7 @@ def whole_runs(run: Run, folder: Path) -> tuple[list[str], list[list[str]], str]
     ]
     here, there = (scored(adapter("here"), device, run.small) for device in (run.device, "cpu"))
     rows += [[f"{name} of this adapter, here and on the CPU", f"{here[name]:.4f}, {there[name]:.4f}"] for name in here]
-    return ["float32, the two-step problems", ""], rows, ""
+    return Table(["float32, the two-step problems", ""], rows)
 
 
 def tensors_of(adapter: Path) -> Tensor:

@@ -1,5 +1,6 @@
 """What the parts of `gpu.py` share: one call of the command, and the tables that it fills."""
 
+import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import NamedTuple
 import torch
 
 from experiments.markdown import markdown
+from lfu.errors import option_name
 from lfu.io.files import read_json, write_json
 
-RANK, SCALE, ALPHA, LAM = 8, 2.0, 0.1, 5.0
-NAMES = ("sft", "lfu-lora", "lfu-reps")
-LIMITS = {"right": 75, "steps": 130, "profile": 40, "decoding": 40, "real": 190}
-"""Seconds of each part."""
+LIMITS = {"right": 60, "steps": 155, "profile": 50, "decoding": 65, "real": 150}
+"""Seconds of each part where all are run."""
+SECONDS = sum(LIMITS.values())
+"""What the parts that are run share."""
 
 
 class Run(NamedTuple):
@@ -26,15 +28,31 @@ class Run(NamedTuple):
     gsm8k: Path | None
     wikitext: Path | None
     micro_batch_size: int
+    until: float  # the time at which this part is stopped
 
 
-def save(run: Run, part: str, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+class Table(NamedTuple):
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def command(part: str, small: bool, **options: object) -> list[str]:
+    """What starts one part, or one run of it, as a process of its own."""
+    given = [f"--{option_name(name)}={value}" for name, value in options.items() if value is not None]
+    if small:
+        given.append("--small")
+    return [sys.executable, "-m", "experiments.gpu", f"--part={part}", *given]
+
+
+def save(run: Run, part: str, title: str, table: Table) -> None:
     """Print a table and add it to DIR/results.json and DIR/results.md."""
     path = run.out / "results.json"
     tables = read_json(path)["tables"] if path.is_file() else []
-    table = {"part": part, "title": title, "head": [*head], "rows": [[*row] for row in rows], "note": note}
-    write_json(path, {"machine": machine(run.device), "tables": [*tables, table]})
-    tell(run.out, "\n\n".join([f"## {title}", markdown(head, rows), *([note] if note else []), machine(run.device)]))
+    tables.append({"part": part, "title": title, **table._asdict()})
+    write_json(path, {"machine": machine(run.device), "tables": tables})
+    parts = [f"## {title}", markdown(table.head, table.rows), table.note, machine(run.device)]
+    tell(run.out, "\n\n".join(filter(None, parts)))
 
 
 def machine(device: torch.device) -> str:

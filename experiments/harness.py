@@ -103,9 +103,8 @@ def ours(folder: Path, score: str, rows: list[Any], work: Path, **options: Any) 
     """The same through `lfu eval`."""
     out = work / f"out-{len(list(work.iterdir()))}.jsonl"
     data = write_rows(work / "ours.jsonl", rows)
-    given = {"model": str(folder), "data": str(data), "out": str(out), "score": score}
-    given |= {"device": "cpu", "dtype": "float32"} | options
-    scores = cli.evaluate(EvalOptions(**given))
+    options |= {"device": "cpu", "dtype": "float32", "score": score}
+    scores = cli.evaluate(EvalOptions(model=str(folder), data=str(data), out=str(out), **options))
     records = read_lines(out)
     return Outcome(sorted(records, key=lambda record: record["row"]), scores)
 

@@ -24,8 +24,8 @@ from lfu.data.batches import IGNORED, Batch, collate
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer
 from lfu.io.config import read_config
+from lfu.profiling.bench import ALPHA
 
-ALPHA = 0.1
 MODES = {
     "float32": (torch.float32, False),
     "float32, checkpointing": (torch.float32, True),
@@ -64,7 +64,7 @@ def gradients(peft: nn.Module, batch: Batch, other: Batch, *, early: bool) -> tu
     parameters = [p for p in peft.parameters() if p.requires_grad]
     saved = [p.detach().clone() for p in parameters]
     loss, clean = loss_and_states(peft, batch)
-    sft = None if early else backward(loss, parameters)
+    sft = backward(loss, parameters)
     ascent = backward(loss_and_states(peft, other)[0], parameters).split([p.numel() for p in parameters])
     length = torch.cat(ascent).norm()
     for p, g in zip(parameters, ascent, strict=True):

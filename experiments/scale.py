@@ -12,23 +12,26 @@ and time over depths; and what the count of operations says of a model half as l
 import argparse
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments import paper
-from lfu import methods, model
+from experiments.costs import one_step
+from experiments.miniature import paper
+from lfu import model
 from lfu.io.config import Config, read_config, tensor_shapes
 from lfu.io.files import write_json, write_tensors
 from lfu.model import Params
 from lfu.profiling import bench
+from lfu.profiling.bench import RANK
 from lfu.profiling.memory import peak
 
-LARGE = {
+LARGE: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -65,20 +68,20 @@ SHAPES = {
         "sliding_window": None,
     },
 }
-RANK, SHARD = 8, 4 * 10**9
+SHARD = 4 * 10**9
 METHODS = ("lfu-lora", "lfu-reps")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True)
-    one = verbs.add_parser("step")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("step")
     one.add_argument("--shape", choices=SHAPES, required=True)
     one.add_argument("--folder", type=Path, required=True)
     one.add_argument("--length", type=int, default=64)
     one.add_argument("--remat", action="store_true")
     one.set_defaults(run=lambda parsed: step(parsed.shape, parsed.folder, parsed.length, parsed.remat))
-    verbs.add_parser("growth").set_defaults(run=lambda _: growth())
+    commands.add_parser("growth").set_defaults(run=lambda _: growth())
     parsed = parser.parse_args()
     parsed.run(parsed)
 
@@ -104,10 +107,8 @@ def step(shape: str, folder: Path, length: int, remat: bool) -> None:
 
 def gradient(name: str, config: Config, base: Params, length: int, *, remat: bool = False) -> bench.Work:
     """One gradient of a method from one row, three fifths of which are answer."""
-    batch = bench.random_batch(config, 1, length, round(0.6 * length), 0, torch.device("cpu"))
-    method = methods.bind(name, config, scale=2.0, remat=remat)[0]
-    task = bench.fresh_task(config, base, RANK)
-    return partial(method, config, base, task, batch, torch.Generator().manual_seed(0))
+    here = config, base, bench.fresh_task(config, base, RANK)
+    return one_step(here, name, 1, length, round(0.6 * length), remat=remat)[1]
 
 
 def resident(line: str = "VmRSS") -> float:
@@ -116,19 +117,27 @@ def resident(line: str = "VmRSS") -> float:
     return int(next(each for each in lines if each.startswith(line)).split()[1]) / 2**20
 
 
-def write(settings: dict, folder: Path) -> None:
+def write(settings: dict[str, Any], folder: Path) -> None:
     """Random weights, a shard at a time, so that the whole model is never in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", settings)
     config = read_config(folder / "config.json")
     shards = list(sharded(tensor_shapes(config)))
-    generator, weight_map = torch.Generator().manual_seed(0), {}
+    generator = torch.Generator().manual_seed(0)
+    weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / file, {name: drawn(shape, generator) for name, shape in shapes.items()})
         weight_map |= dict.fromkeys(shapes, file)
         print(f"{folder / file}: {len(shapes)} tensors", flush=True)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def config_of(settings: dict[str, Any]) -> Config:
+    """The `Config` of what config.json would say."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", settings)
+        return read_config(Path(folder) / "config.json")
 
 
 def sharded(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -190,9 +199,7 @@ def larger_model() -> str:
 
 def shaped(blocks: int) -> Config:
     """So many blocks of Llama-3.1-8B with a small vocabulary, so that the blocks are what is measured."""
-    settings = {name: value for name, value in SHAPES["llama-3.1-8b"].items() if name in Config._fields}
-    settings |= {"vocab_size": 4096, "num_hidden_layers": blocks, "head_dim": 128, "sliding_window": None}
-    return Config(**settings | {"rope_scaling": None})
+    return config_of(SHAPES["llama-3.1-8b"] | {"vocab_size": 4096, "num_hidden_layers": blocks, "rope_scaling": None})
 
 
 def medians(config: Config, base: Params, length: int) -> list[float]:

@@ -12,6 +12,7 @@ passes would no longer be the two that the paper writes down.
 """
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from lfu.model import (
     Config,
     Params,
     Product,
+    Record,
     attention_mask,
     base_product,
     block,
@@ -42,7 +44,8 @@ from lfu.model import (
     unembed,
 )
 from lfu.profiling import bench
-from lfu.train import ascend, lfu_gradient, sft_gradient
+from lfu.profiling.bench import ALPHA, RANK, SCALE, Work
+from lfu.train import ascend, differentiate, lfu_gradient, sft_gradient
 
 Past = list[tuple[Tensor, Tensor]]
 """The prompt's keys and values, [B,G,S,h] each, for every block."""
@@ -65,21 +68,18 @@ def split_gradient(
         return through(config, base, x[:, start:], task, scale, past, start, steered, product)[0]
 
     def sft(task: Lora, past: Past, vectors: Tensor) -> tuple[Tensor, Any]:
-        record = {}
+        record: Record = {}
         hidden = answer(task, past, vectors, recording(record))
         return answer_loss(unembed(config, base, hidden[-1][mask]), answers), (hidden, record)
 
-    def consistency(task: Lora, past: Past) -> Tensor:
-        return consistency_loss(hidden, answer(task, past, undesirable, relative_to(record)), mask)
+    def consistency(task: Lora, past: Past) -> tuple[Tensor, Any]:
+        return consistency_loss(hidden, answer(task, past, undesirable, relative_to(record)), mask), ()
 
-    past, into_prompt = vjp(prompt, task)
-    loss, pull_sft, (hidden, record) = vjp(sft, task, past, vectors, has_aux=True)
-    with torch.no_grad():
-        g_task, g_past, g_vectors = pull_sft(torch.ones_like(loss), retain_graph=False)
+    past, into_prompt, *_ = vjp(prompt, task)
+    (g_task, g_past, g_vectors), _, (hidden, record) = differentiate(sft, task, past, vectors)
     undesirable = ascend(vectors, g_vectors, alpha)
-    loss, pull_cons = vjp(consistency, task, past)
+    (c_task, c_past), _, _ = differentiate(consistency, task, past)
     with torch.no_grad():
-        c_task, c_past = pull_cons(torch.ones_like(loss), retain_graph=False)
         (p_task,) = into_prompt(tree_map(lambda g, c: g + lam * c, g_past, c_past), retain_graph=False)
     return tree_map(lambda g, c, p: g + lam * c + p, g_task, c_task, p_task)
 
@@ -90,14 +90,16 @@ def through(
     x: Tensor,
     task: Lora,
     scale: float,
-    past: Past | list[None],
+    past: Sequence[tuple[Tensor, Tensor] | None],
     start: int,
     steered: Tensor | None,
     product: Product,
 ) -> tuple[list[Tensor], Past]:
     """The blocks over positions from `start` on, after the keys and values of those before: states, and theirs."""
     positions = torch.arange(start, start + x.shape[1], device=x.device)
-    rotary, hidden, present = rotary_tables(config, positions, x.dtype), [], []
+    rotary = rotary_tables(config, positions, x.dtype)
+    hidden: list[Tensor] = []
+    present: Past = []
     seen = attention_mask(positions, torch.arange(start + x.shape[1], device=x.device), config.sliding_window)
     for index, layer in enumerate(base.layers):
         attend = attention(past[index], seen, present)
@@ -128,16 +130,13 @@ def main() -> None:
     parsed = parser.parse_args()
     config, base = model.load(parsed.model, dtype=getattr(torch, parsed.dtype))
     batch = bench.random_batch(config, 4, 200, 120, 0, torch.device("cpu"))
-    task, vectors = bench.fresh_task(config, base, 8), steering.zeros(config)
-    how = {"scale": 2.0, "alpha": 0.1, "lam": 0.1}
-    times = bench.interleaved(
-        {
-            "sft": partial(sft_gradient, config, base, task, batch, scale=2.0),
-            "lfu-reps": partial(lfu_gradient, config, base, task, vectors, batch, **how),
-            "lfu-reps, split": partial(split_gradient, config, base, task, batch, **how),
-        },
-        parsed.rounds,
-    )
+    task, vectors = bench.fresh_task(config, base, RANK), steering.zeros(config)
+    whole = partial(lfu_gradient, config, base, task, vectors, batch)
+    split = partial(split_gradient, config, base, task, batch)
+    works: dict[str, Work] = {"sft": partial(sft_gradient, config, base, task, batch, scale=SCALE)}
+    for name, gradient in (("lfu-reps", whole), ("lfu-reps, split", split)):
+        works[name] = partial(gradient, scale=SCALE, alpha=ALPHA, lam=0.1)
+    times = bench.interleaved(works, parsed.rounds)
     for name, seconds in times.items():
         print(f"{name}: {bench.spread(seconds, times['sft'])} x SFT")
 

@@ -1,5 +1,6 @@
 """The command that waits for a GPU: every part of it runs on the CPU, and one that fails costs no other."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from experiments import gpu, gpu_costs
-from experiments.gpu_tables import LIMITS, Run
+from experiments.gpu_tables import LIMITS, SECONDS, Run
 from lfu import lora
 from lfu.data.batches import IGNORED
 from lfu.io.files import read_json
@@ -58,15 +59,22 @@ def test_no_gpu_is_a_line_for_each_part(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_a_part_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "LIMITS", LIMITS | {"steps": 0.2, "profile": 0.2})
+    monkeypatch.setattr(gpu, "share", lambda left, parts: 0.2)
     assert small(tmp_path / "out", "--device=cpu", "--only", "steps", "profile") == 1
     said = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "steps: stopped at its limit of 0.2 seconds." in said
     assert "profile: stopped at its limit of 0.2 seconds." in said
 
 
+def test_the_chosen_parts_share_eight_minutes() -> None:
+    assert sum(LIMITS.values()) == SECONDS == 480
+    assert [gpu.share(480, [*LIMITS][index:]) for index in (0, 4)] == [LIMITS["right"], 480]
+    assert gpu.share(420, [*LIMITS][1:]) == LIMITS["steps"]  # where the first took all of its time
+    assert gpu.share(480, ["decoding", "real"]) == pytest.approx(480 * 65 / 215)
+
+
 def run_on_cpu(out: Path) -> Run:
-    return Run(out, torch.device("cpu"), small=True, model=None, gsm8k=None, wikitext=None, micro_batch_size=16)
+    return Run(out, torch.device("cpu"), True, None, None, None, micro_batch_size=16, until=math.inf)
 
 
 def test_what_does_not_fit_is_a_row(tmp_path: Path) -> None:

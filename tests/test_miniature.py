@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from experiments import mini, paper, plan, report
-from experiments.__main__ import CHOICES as STORED
-from experiments.__main__ import require_same_version, run_all
-from experiments.mini import SPLITS, Spec
+from experiments import seeds
+from experiments.miniature import mini, paper, plan, report, tables
+from experiments.miniature.__main__ import CHOICES as STORED
+from experiments.miniature.__main__ import require_same_version, run_all
+from experiments.miniature.mini import SPLITS, Spec
 
 EVERYTHING = ("scores", "prompts", "noise", "attack")
 CHOICES = {row: trials[0] for row, trials in (plan.TRIALS | plan.MORE_TRIALS).items()}
@@ -79,17 +80,17 @@ def test_different_runs_have_different_files() -> None:
     ("table", "published"), [(paper.TABLE_1, paper.RANKS_1), (paper.TABLE_2, paper.RANKS_2)], ids=["1", "2"]
 )
 def test_ranks_are_those_of_the_paper(table: dict[str, paper.Row], published: dict[str, float]) -> None:
-    found = report.ranks({row: table[row] for row in published})
+    found = tables.ranks({row: table[row] for row in published})
     # The paper rounds quarters to one digit, upwards.
     assert {row: int(10 * rank + 0.5) / 10 for row, rank in found.items()} == published
 
 
 def test_means_and_paired_differences() -> None:
-    assert str(report.mean([0.1, 0.2, 0.3])) == "20.0 ± 5.8"
-    assert str(report.mean([0.1234])) == "12.3"
+    assert str(seeds.mean([0.1, 0.2, 0.3])) == "20.0 ± 5.8"
+    assert str(seeds.mean([0.1234])) == "12.3"
     # Differences 1, 2, 3 points: mean 2, standard error 1/√3, t(2) = 4.303.
-    assert report.difference([0.11, 0.22, 0.33], [0.10, 0.20, 0.30]) == "+2.0 [-0.5, +4.5]"
-    assert report.difference([0.2, 0.3, 0.4], [0.1, 0.2, 0.301]) == "**+10.0 [+9.8, +10.1]**"
+    assert seeds.difference([0.11, 0.22, 0.33], [0.10, 0.20, 0.30]) == "+2.0 [-0.5, +4.5]"
+    assert seeds.difference([0.2, 0.3, 0.4], [0.1, 0.2, 0.301]) == "**+10.0 [+9.8, +10.1]**"
 
 
 def test_tables_are_made_from_any_runs(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_what_is_kept_is_compared_at_the_same_task_score() -> None:
         return {"scores": scores(0.2 * place, 1 - 0.2 * place)}
 
     spec = plan.tested(CHOICES, "math", "LfU (LoRA)", 0)
-    assert report.gap(look_up, CHOICES, spec) == (pytest.approx(0.8 - 0.7), True)
+    assert tables.gap(look_up, CHOICES, spec) == (pytest.approx(0.8 - 0.7), True)
 
 
 def test_a_page_of_runs_that_were_not_made_says_so(tmp_path: Path) -> None:
@@ -175,12 +176,12 @@ def test_a_run_that_diverges_is_a_result() -> None:
 def test_a_run_that_diverged_has_no_place_in_a_mean() -> None:
     good, bad = replace(SHORT, seed=1), replace(SHORT, seed=2)
     runs = {good: {"scores": scores(0.5, 0.9)}, bad: {"scores": scores(0.0, 0.0), "diverged": "not finite"}}
-    table = report.difference_table(runs.__getitem__, {"bad": [bad]}, [good])
-    assert report.differences(runs.__getitem__, [good], [good]) == ["+0.0"] * len(report.COLUMNS)
+    table = tables.difference_table(runs.__getitem__, {"bad": [bad]}, [good])
+    assert tables.differences(runs.__getitem__, [good], [good]) == ["+0.0"] * len(tables.COLUMNS)
     assert "diverged" in table and "-50" not in table
     with pytest.raises(KeyError):
-        report.column(runs.__getitem__, [good, bad], plan.TASK)
-    assert report.scores_of(runs.values(), plan.TASK) == [0.5, 0.0]
+        tables.column(runs.__getitem__, [good, bad], plan.TASK)
+    assert tables.scores_of(runs.values(), plan.TASK) == [0.5, 0.0]
 
 
 def test_runs_are_made_by_several_processes(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from commands import MINI, sums, uneven_sums, write_rows
 
-from experiments import smollm2
-from experiments.smollm2 import Paths, load_world, run_all, table
+from experiments import smollm2, smollm2_runs
+from experiments.smollm2 import table
+from experiments.smollm2_runs import FORMS, TOPICS, Paths, load_world, run_all
 from lfu import model
 from lfu.checkpoints import checkpoints
 from lfu.data.tokens import Format, encode_row
@@ -25,8 +26,8 @@ SMALL: dict[str, Any] = {
     "HELD_BACK": slice(32, 36),
     "WINDOW": 16,
     "WINDOWS": 2,
-    "TOPICS": smollm2.TOPICS[:1],
-    "FORMS": smollm2.FORMS[:3],
+    "TOPICS": TOPICS[:1],
+    "FORMS": FORMS[:3],
     "REGIMES": {"small": {"limit": 32, "epochs": 3, "learning_rate": 0.1, "save_every": 2, "keep": 9}},
 }
 
@@ -43,7 +44,8 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SMALL.items():
-        monkeypatch.setattr(smollm2, name, value)
+        monkeypatch.setattr(smollm2_runs, name, value)
+    monkeypatch.setattr(smollm2, "REGIMES", SMALL["REGIMES"])
 
 
 @pytest.fixture
@@ -125,7 +127,7 @@ def test_a_second_time_nothing_is_scored_again(paths: Paths, out: Path) -> None:
 def test_a_run_with_other_settings_is_not_taken_for_this_one(
     paths: Paths, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(smollm2.REGIMES["small"], "learning_rate", 0.01)
+    monkeypatch.setitem(smollm2_runs.REGIMES["small"], "learning_rate", 0.01)
     with pytest.raises(InputError, match=r"learning-rate was 0\.1 and is 0\.01\."):
         run_all(paths, ["small-sft-42"])
 

@@ -11,7 +11,7 @@ weight with each token once, and so does a backward pass, since frozen weights n
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +43,8 @@ from lfu.model import (
 from lfu.profiling.memory import peak
 from lfu.train import Aux, Metrics, ascend, compiled, differentiate, global_norm, lfu_gradient, sft_gradient
 
-SCALE, ALPHA, LAM = 2.0, 0.1, 5.0
+RANK, SCALE, ALPHA, LAM = 8, 2.0, 0.1, 5.0
+"""Published, of LfU (LoRA)."""
 Work = Callable[[], object]
 
 # --- the contestants ------------------------------------------------------------------------------
@@ -105,19 +106,28 @@ class Peers(NamedTuple):
 
 
 def load_peers(folder: Path, base: Params, rank: int) -> Peers | None:
-    """None where transformers or peft is not installed."""
+    """Of a model's folder. None where transformers or peft is not installed."""
+
+    def plain() -> Any:
+        from transformers import AutoModelForCausalLM
+
+        found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=base.embed.dtype)
+        return found.to(base.embed.device)
+
+    return make_peers(plain, rank)
+
+
+def make_peers(plain: Callable[[], Any], rank: int) -> Peers | None:
+    """Of two models that `plain` makes. None where transformers or peft is not installed."""
     if not (find_spec("transformers") and find_spec("peft")):
         return None
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    def plain() -> Any:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=base.embed.dtype)
-        model.generation_config.eos_token_id = None  # decoding goes on for as long as it is asked to
-        return model.to(base.embed.device).eval()
 
     settings = LoraConfig(r=rank, lora_alpha=round(SCALE * rank), target_modules=list(TARGETS))
-    return Peers(plain(), get_peft_model(plain(), settings))
+    models = [plain().eval() for _ in range(2)]
+    for model in models:
+        model.generation_config.eos_token_id = None  # decoding goes on for as long as it is asked to
+    return Peers(models[0], get_peft_model(models[1], settings))
 
 
 def peer_steps(model: Any, batch: Batch) -> dict[str, Work]:
@@ -206,15 +216,6 @@ def matmul_rate(config: Config, base: Params, tokens: int) -> float:
 # --- the measurement ------------------------------------------------------------------------------
 
 
-def interleaved(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each work in each round, after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds + 1):
-        for name, work in works.items():
-            times[name].append(timed(work))
-    return {name: seconds[1:] for name, seconds in times.items()}
-
-
 def timed(work: Work) -> float:
     """Seconds, an accelerator's queue included."""
     synchronise = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
@@ -223,6 +224,17 @@ def timed(work: Work) -> float:
     work()
     synchronise()
     return time.perf_counter() - start
+
+
+def interleaved(
+    works: Mapping[str, Work], rounds: int, clock: Callable[[Work], float] = timed
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds + 1):
+        for name, work in works.items():
+            times[name].append(clock(work))
+    return {name: seconds[1:] for name, seconds in times.items()}
 
 
 def spread(times: Sequence[float], reference: Sequence[float]) -> str:

@@ -4,7 +4,7 @@ Every method has eight trials, fine-tuned on `math`, scored on the validation sp
 with a hyper-parameter tries four values of it at two learning rates, the others eight learning rates. The trial with
 the best `balance` of what is learned and what is kept wins. As in the paper, what was chosen serves every fine-tuning
 set. Test splits are read by the runs with the winning settings, and by those that vary one of them or are aligned at
-fixed rates (Tables 4, 5, 12 to 15, other learning rates, causes); these choose nothing. Read next: `report.py`.
+fixed rates (Tables 4, 5, 12 to 15, other learning rates, causes); these choose nothing. Read next: `tables.py`.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from experiments.mini import CATEGORIES, SPLITS, Spec
+from experiments.miniature.mini import CATEGORIES, SPLITS, Spec, Trial
 
 TASK = "two-step"
 DATAS = ("math", "mixed")
@@ -25,8 +25,6 @@ TRIAL_SEEDS = (100, 101)
 ALL_SEEDS = tuple(range(10))
 FEW_SEEDS = ALL_SEEDS[:3]
 
-Trial = tuple[str, float, tuple[tuple[str, Any], ...]]
-"""Method of `mini.Spec`, learning rate, hyper-parameters."""
 LookUp = Callable[[Spec], dict[str, Any]]
 """A run -> its measurements."""
 Choices = dict[str, Trial]
@@ -150,7 +148,7 @@ def alternatives(choices: Choices) -> list[Spec]:
 
 def varied(choices: Choices, row: str, name: str, values: Iterable[Any], **changed: Any) -> dict[Any, list[Spec]]:
     """One hyper-parameter of a chosen setting at several values: value -> the runs."""
-    specs = {}
+    specs: dict[Any, list[Spec]] = {}
     for value in values:
         for seed in FEW_SEEDS:
             spec = tested(choices, "math", row, seed, **changed)

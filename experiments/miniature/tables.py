@@ -1,61 +1,27 @@
-"""The page of the paper in miniature: every table with its errors, beside the paper's numbers.
+"""Every table of the paper in miniature with its errors, beside the paper's numbers.
 
-A mean is over seeds, ± its standard error. Differences from SFT are paired by seed (the same rows in the same order and
-the same fresh LoRA) with a 95 % interval of Student's t. Read next: `figures.py`.
+A mean is over seeds, ± its standard error. Differences from SFT are paired by seed, with a 95 % interval (`seeds.py`).
+Read next: `figures.py`.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from experiments import paper, plan
 from experiments.markdown import markdown
-from experiments.mini import CATEGORIES, SPLITS, Spec, found
-from lfu.evaluation.estimates import accuracy
+from experiments.miniature import paper, plan
+from experiments.miniature.mini import CATEGORIES, SPLITS, Spec, Trial
+from experiments.seeds import difference, interval, mean
 from lfu.evaluation.generative import PROMPT_VARIANTS
-from lfu.io.files import write_json
 from lfu.profiling.bench import spread
 
 COLUMNS = [*SPLITS, "average", "balance"]
 GRADIENT = ["gradient norm", "clipped steps"]
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
-"""Quantiles of Student's t at 97.5 %, for 1, 2, ... degrees of freedom."""
-
-
-class Mean(NamedTuple):
-    """Of several seeds."""
-
-    value: float
-    error: float  # standard error; nan for one seed
-    n: int
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f}" + (f" ± {100 * self.error:.1f}" if self.n > 1 else "")
-
-
-def mean(values: Sequence[float]) -> Mean:
-    return Mean(*accuracy(values))
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float], digits: int = 1, factor: float = 100) -> str:
-    """The mean of the paired differences, and its interval."""
-    return interval([a - b for a, b in zip(ours, theirs, strict=True)], digits, factor)
-
-
-def interval(differences: Sequence[float], digits: int = 1, factor: float = 100) -> str:
-    """The mean with its 95 % interval, times `factor`: in percentage points; bold where 0 lies outside."""
-    d = mean(differences)
-    if d.n == 1:
-        return f"{factor * d.value:+.{digits}f}"
-    reach = T_95[d.n - 2] * d.error
-    center, low, high = (f"{factor * value:+.{digits}f}" for value in (d.value, d.value - reach, d.value + reach))
-    text = f"{center} [{low}, {high}]"
-    return f"**{text}**" if abs(d.value) > reach else text
+Found = dict[str, Sequence[Sequence[float]]]
+"""Row -> column -> by seed."""
 
 
 # --- what the runs say ----------------------------------------------------------------------------
@@ -229,7 +195,7 @@ def sweep_tables(look_up: plan.LookUp, choices: plan.Choices, names: Iterable[st
     for name in names:
         row, parameter, _ = plan.SWEEPS[name]
         groups = plan.sweeps(choices)[name]
-        published = paper.SWEEPS.get(name, {})
+        published: dict[Any, paper.Row] = paper.SWEEPS.get(name, {})
         if name == "layers":
             groups = dict(zip(("early", "middle", "late"), groups.values()))
             published = paper.LAYERS
@@ -260,7 +226,8 @@ def table_4(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """Attack success rates before the attack and after 5, 10, 15 and 20 steps; what the answers then are; and how the
     alignment before it ended."""
     after = (0, 5, 10, 15, 20)
-    rows, rates = [], {}
+    rows: list[list[str]] = []
+    rates: Found = {}
     for row, specs in plan.attacks(choices).items():
         runs = [look_up(spec) for spec in specs]
         rates[row] = [[run["attack"]["success"][step] for run in runs] for step in after]
@@ -276,7 +243,7 @@ def table_4(look_up: plan.LookUp, choices: plan.Choices) -> str:
 
 def figure_5(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """Exact match on the task under each wording; mean and population deviation over the five, averaged over seeds."""
-    found = {}
+    found: Found = {}
     for row, specs in figure_groups(choices).items():
         shares = [look_up(spec)["prompts"] for spec in specs]
         found[row] = [*zip(*shares), list(map(statistics.mean, shares)), list(map(statistics.pstdev, shares))]
@@ -287,7 +254,7 @@ def figure_5(look_up: plan.LookUp, choices: plan.Choices) -> str:
 def figure_6(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """Cosine of clean and noisy states, block by block."""
     groups = figure_groups(choices)
-    found = {row: list(zip(*(look_up(spec)["noise"] for spec in specs))) for row, specs in groups.items()}
+    found: Found = {row: [*zip(*(look_up(spec)["noise"] for spec in specs))] for row, specs in groups.items()}
     return with_differences([f"block {i + 1}" for i in range(len(found["base"]))], found, cosine, digits=2)
 
 
@@ -296,16 +263,14 @@ def cosine(values: Sequence[float]) -> str:
     return f"{m.value:.4f}" + (f" ± {m.error:.4f}" if m.n > 1 else "")
 
 
-def with_differences(
-    heads: list[str], found: dict[str, list[Sequence[float]]], cell: Callable[[Sequence[float]], str], digits: int = 1
-) -> str:
-    """What was found, row -> column -> by seed; then, paired by seed, what it differs from SFT."""
+def with_differences(heads: list[str], found: Found, cell: Callable[[Sequence[float]], str], digits: int = 1) -> str:
+    """What was found; then, paired by seed, what it differs from SFT."""
     table = markdown(["method", *heads], [[row, *map(cell, columns)] for row, columns in found.items()])
     return f"{table}\n\nDifference from SFT, in hundredths:\n\n{less_sft(heads, found, digits)}"
 
 
-def less_sft(heads: list[str], found: dict[str, list[Sequence[float]]], digits: int = 1) -> str:
-    """Row -> column -> by seed, less SFT's of the same seeds; the base model has none."""
+def less_sft(heads: list[str], found: Found, digits: int = 1) -> str:
+    """What was found, less SFT's of the same seeds; the base model has none."""
     less = partial(difference, digits=digits)
     rows = [[row, *map(less, each, found["SFT"])] for row, each in found.items() if row not in ("base", "SFT")]
     return markdown(["method", *heads], rows)
@@ -351,9 +316,9 @@ def gap(look_up: plan.LookUp, choices: plan.Choices, spec: Spec) -> tuple[float,
     And whether SFT reaches this task score at any of them; where it does not, its nearest end stands for it.
     """
     curve = plan.sft_curve(choices, spec.seed)
-    points = sorted(zip(column(look_up, curve, plan.TASK), column(look_up, curve, "kept")))
+    learned, left = zip(*sorted(zip(column(look_up, curve, plan.TASK), column(look_up, curve, "kept"))))
     ((task,), (kept,)) = (column(look_up, [spec], name) for name in (plan.TASK, "kept"))
-    return kept - float(np.interp(task, *zip(*points))), points[0][0] <= task <= points[-1][0]
+    return kept - float(np.interp(task, learned, left)), learned[0] <= task <= learned[-1]
 
 
 def causes_table(look_up: plan.LookUp, choices: plan.Choices) -> str:
@@ -369,7 +334,7 @@ def causes_table(look_up: plan.LookUp, choices: plan.Choices) -> str:
     )
 
 
-def trials_table(look_up: plan.LookUp, trials: dict[str, list[plan.Trial]]) -> str:
+def trials_table(look_up: plan.LookUp, trials: dict[str, list[Trial]]) -> str:
     """Every trial on the validation splits: the task, what is kept, and their balance; the best is bold."""
     rows = []
     for row, each in trials.items():
@@ -383,12 +348,12 @@ def trials_table(look_up: plan.LookUp, trials: dict[str, list[plan.Trial]]) -> s
     return markdown(["row", "learning rate", "method and hyper-parameters", "task", "kept", "balance"], rows)
 
 
-def column_mean(look_up: plan.LookUp, trial: plan.Trial, name: str) -> float:
+def column_mean(look_up: plan.LookUp, trial: Trial, name: str) -> float:
     """Of a trial's runs."""
     return mean(scores_of(map(look_up, plan.trial_specs(trial)), name)).value
 
 
-def settings(trial: plan.Trial) -> list[str]:
+def settings(trial: Trial) -> list[str]:
     """Learning rate, method and hyper-parameters, as cells."""
     method, rate, hyper = trial
     return [f"{rate:g}", ", ".join([method, *(f"{name} {value}" for name, value in hyper)])]
@@ -415,71 +380,3 @@ def rewritten_line(look_up: plan.LookUp, choices: plan.Choices) -> str:
 def choices_table(choices: plan.Choices) -> str:
     rows = [[row, *settings(trial)] for row, trial in choices.items()]
     return markdown(["row", "learning rate", "method and hyper-parameters"], rows)
-
-
-# --- the page -------------------------------------------------------------------------------------
-
-FINDINGS = Path(__file__).parent / "findings.md"
-
-
-def write(out: Path, page: Path) -> None:
-    """`miniature.md` and `miniature.json`, and the figures where matplotlib is installed."""
-    look_up = partial(found, out)
-    choices = plan.choices_from(json.loads((out / "choices.json").read_text()))
-    page.mkdir(parents=True, exist_ok=True)
-    tables = {name: if_there(table) for name, table in sections(look_up, choices, out).items()}
-    plans = {"runs": plan.whole(choices), "trials": plan.choosing(plan.TRIALS | plan.MORE_TRIALS)}
-    there = {
-        name: [look_up(spec) for spec in specs if (out / "runs" / spec.path).is_file()] for name, specs in plans.items()
-    }
-    times = json.loads((out / "times.json").read_text()) if (out / "times.json").is_file() else {}
-    write_json(page / "miniature.json", {"choices": choices} | there | {"seconds of a gradient": times})
-    text = FINDINGS.read_text(encoding="utf-8") + "".join(f"\n## {name}\n\n{body}\n" for name, body in tables.items())
-    (page / "miniature.md").write_text(text, encoding="utf-8")
-    try:
-        from experiments import figures
-    except ImportError:
-        print("Figures need matplotlib: pip install '.[plot]'.")
-        return
-    figures.draw(look_up, choices, page)
-
-
-def if_there(table: Callable[[], str]) -> str:
-    """The table, or that its runs have not all been made."""
-    try:
-        return table()
-    except FileNotFoundError:
-        return "Not run yet."
-    except KeyError as error:
-        return f"One of its runs has no {error}: it diverged, or was made before that was measured."
-
-
-def sections(look_up: plan.LookUp, choices: plan.Choices, out: Path) -> dict[str, Callable[[], str]]:
-    """Title -> what makes its tables."""
-    by_name = partial(sweep_tables, look_up, choices)
-    return {
-        "Tables 1 and 2, Figure 2: the main comparison": lambda: (
-            f"{main_tables(look_up, choices, plan.ALL_SEEDS)}\n\n![Scores by category](miniature-scores.png)"
-        ),
-        "What was chosen": lambda: "\n\n".join(
-            [
-                choices_table(choices),
-                if_there(partial(rewritten_line, look_up, choices)),
-                "![Learning and keeping](miniature-trials.png)",
-            ]
-        ),
-        "Table 3: time of a step": lambda: table_3(json.loads((out / "times.json").read_text())),
-        "Table 4, Figure 3: refusals under attack": lambda: (
-            f"{table_4(look_up, choices)}\n\n![Attack](miniature-attack.png)"
-        ),
-        "Tables 5, 14 and 15: λ, α, blocks": lambda: by_name(("lambda", "alpha", "layers")),
-        "Tables 6 and 11: alternatives": lambda: tables_6_and_11(look_up, choices),
-        "Table 13: their hyper-parameters": lambda: by_name(("SAM", "L1", "L2", "logits", "ensemble", "EMA")),
-        "Table 12: epochs": lambda: table_12(look_up, choices),
-        "Figure 5: five prompts": lambda: f"{figure_5(look_up, choices)}\n\n![Prompts](miniature-prompts.png)",
-        "Figure 6: noise on the embeddings": lambda: f"{figure_6(look_up, choices)}\n\n![Noise](miniature-noise.png)",
-        "Causes: more than a slower SFT?": lambda: frontier_tables(look_up, choices),
-        "Causes: the norm": lambda: f"{by_name(('norm relative, lambda',))}\n\n{squares_line(look_up)}",
-        "Causes: micro-batch and precision": lambda: causes_table(look_up, choices),
-        "All trials": lambda: trials_table(look_up, plan.TRIALS | plan.MORE_TRIALS),
-    }

@@ -1,6 +1,6 @@
 """The figures of the paper in miniature: scores by category, the attack, prompts, noise (Figures 2, 3, 5 and 6).
 
-One more shows what each trial learned and kept.
+One more shows what each trial learned and kept. Read next: `report.py`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,8 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments import plan, report
-from experiments.mini import CATEGORIES
+from experiments.miniature import plan, tables
+from experiments.miniature.mini import CATEGORIES
+from experiments.seeds import Mean, mean
 
 
 def draw(look_up: plan.LookUp, choices: plan.Choices, page: Path) -> None:
@@ -40,8 +41,8 @@ def score_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
     figure, panels = plt.subplots(len(plan.DATAS), 1, figsize=(9, 7), sharex=True)
     for panel, data in zip(panels, plan.DATAS):
         for place, row in enumerate(plan.TRIALS):
-            specs = [report.main_spec(choices, data, row, seed) for seed in plan.ALL_SEEDS]
-            scores = [report.mean(report.column(look_up, specs, name)) for name in CATEGORIES]
+            specs = [tables.main_spec(choices, data, row, seed) for seed in plan.ALL_SEEDS]
+            scores = [mean(tables.column(look_up, specs, name)) for name in CATEGORIES]
             bars(panel, place, len(plan.TRIALS), row, scores)
         panel.set_xticks(range(len(CATEGORIES)), CATEGORIES)
         panel.set_ylabel("exact match, %")
@@ -50,7 +51,7 @@ def score_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
     return figure
 
 
-def bars(panel: Any, place: int, count: int, label: str, scores: Sequence[report.Mean]) -> None:
+def bars(panel: Any, place: int, count: int, label: str, scores: Sequence[Mean]) -> None:
     """One method's bars."""
     width = 0.8 / count
     places = [i + (place - (count - 1) / 2) * width for i in range(len(scores))]
@@ -61,7 +62,7 @@ def trial_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
     """Every trial of every method, on the validation splits: what is learned against what is kept."""
     figure, panel = plt.subplots(figsize=(8, 5))
     for row, trials in plan.TRIALS.items():
-        points = [[100 * report.column_mean(look_up, trial, name) for trial in trials] for name in (plan.TASK, "kept")]
+        points = [[100 * tables.column_mean(look_up, trial, name) for trial in trials] for name in (plan.TASK, "kept")]
         panel.plot(*points, "o-" if row == "SFT" else "o", label=row, alpha=0.8)
     panel.set_xlabel("two-step, %")
     panel.set_ylabel("mean of the other columns, %")
@@ -80,7 +81,7 @@ def attack_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
 def prompt_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
     """Figure 5: each method's scores under the five prompts."""
     figure, panel = plt.subplots(figsize=(8, 4))
-    groups = report.figure_groups(choices)
+    groups = tables.figure_groups(choices)
     for place, specs in enumerate(groups.values()):
         shares = [100 * share for spec in specs for share in look_up(spec)["prompts"]]
         panel.scatter([place] * len(shares), shares, s=14, alpha=0.6)
@@ -92,17 +93,17 @@ def prompt_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
 
 def noise_figure(look_up: plan.LookUp, choices: plan.Choices) -> Any:
     """Figure 6: cosine of clean and noisy states by block."""
-    groups = report.figure_groups(choices)
+    groups = tables.figure_groups(choices)
     curves = {row: means(look_up(spec)["noise"] for spec in specs) for row, specs in groups.items()}
     return lines(curves, range(1, len(curves["base"]) + 1), "block", "cosine of clean and noisy states", 1)
 
 
-def means(lists: Iterable[Sequence[float]]) -> list[report.Mean]:
+def means(lists: Iterable[Sequence[float]]) -> list[Mean]:
     """Means over seeds, entry by entry, of a list that every run measured."""
-    return [report.mean(values) for values in zip(*lists)]
+    return [mean(values) for values in zip(*lists)]
 
 
-def lines(curves: dict[str, list[report.Mean]], x: Sequence[int], x_label: str, y_label: str, factor: float) -> Any:
+def lines(curves: dict[str, list[Mean]], x: Sequence[int], x_label: str, y_label: str, factor: float) -> Any:
     figure, panel = plt.subplots(figsize=(8, 4))
     for row, points in curves.items():
         panel.plot(x, [factor * m.value for m in points], marker=".", label=row)

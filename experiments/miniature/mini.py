@@ -8,7 +8,7 @@ where it stopped. Methods are those of `lfu.methods`, and those that are not gra
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -32,10 +32,11 @@ from lfu.io.files import write_json
 from lfu.lora import Adapter, Lora
 from lfu.loss import answer_mask
 from lfu.model import Config, Params
-from lfu.profiling.bench import interleaved
+from lfu.profiling.bench import RANK, SCALE, interleaved
 from lfu.schedule import Settings
+from lfu.train import StepMetrics
 
-MINI = Path(__file__).parent.parent / "weights" / "mini"
+MINI = Path(__file__).parents[2] / "weights" / "mini"
 SPLITS = {
     "two-step": "math",
     "other math": "neighbours",
@@ -53,7 +54,6 @@ CATEGORIES = {
 """The paper's four categories; a category's score is the mean over its columns, as the paper's is over its tasks."""
 REWRITE = Recipe(("Question: {question} {reference}\nAnswer:",), same_number=True)
 """SDFT in the one format that this model knows. Where neither answer has a number, they count as equal."""
-RANK, SCALE = 8, 2.0
 NOISE = 5.0
 """NEFTune's alpha: Figure 6 adds Gaussian noise "with the same strength", read here as deviation alpha/√(L·D)."""
 ATTACK_ROWS, ATTACK_EPOCHS, ATTACK_RATE = 80, 4, 9e-3
@@ -61,13 +61,19 @@ ATTACK_ROWS, ATTACK_EPOCHS, ATTACK_RATE = 80, 4, 9e-3
 schedule, change no answer of this model."""
 
 
+Hyper = tuple[tuple[str, Any], ...]
+"""Keyword arguments of `methods.bind`, or the beta of an average."""
+Trial = tuple[str, float, Hyper]
+"""Method, learning rate, hyper-parameters."""
+
+
 @dataclass(frozen=True)
 class Spec:
-    """What decides a run. `hyper` are keyword arguments of `methods.bind`, or the beta of an average."""
+    """What decides a run."""
 
     method: str
     learning_rate: float
-    hyper: tuple[tuple[str, Any], ...] = ()
+    hyper: Hyper = ()
     data: str = "math"
     seed: int = 0
     epochs: int = 10
@@ -146,7 +152,7 @@ def training_rows(here: World, spec: Spec) -> tuple[list[Row], dict[str, Any]]:
     return [row._replace(answer=answer.text) for row, answer in zip(rows, answers)], {"rewritten": taken}
 
 
-def fine_tuned(here: World, spec: Spec, examples: Sequence[Example]) -> tuple[Lora, list[dict[str, float]]]:
+def fine_tuned(here: World, spec: Spec, examples: Sequence[Example]) -> tuple[Lora, list[StepMetrics]]:
     """The trained LoRA, or the average of its steps, and the log of the run."""
     task = lora.init(here.config, RANK, generator=torch.Generator().manual_seed(spec.seed))
     hyper = {} if spec.method in ("ema", "ensemble") else dict(spec.hyper)
@@ -161,7 +167,7 @@ def fine_tuned(here: World, spec: Spec, examples: Sequence[Example]) -> tuple[Lo
 
 def steps(
     here: World, task: Lora, examples: Sequence[Example], spec: Spec, name: str, hyper: dict[str, Any]
-) -> Iterator[dict[str, float]]:
+) -> Iterator[StepMetrics]:
     """The loop of `lfu.train`; `task` is updated in place."""
     settings = Settings(
         epochs=spec.epochs,
@@ -174,15 +180,15 @@ def steps(
     return train.train(here.config, here.base, task, optimizer, examples, method, settings)
 
 
-def summary(log: list[dict[str, float]]) -> dict[str, float]:
+def summary(log: list[StepMetrics]) -> dict[str, float]:
     """Of all steps the clipped share and the mean gradient; of the last epoch's the mean loss and gradient."""
-    last = [step for step in log if step["epoch"] == log[-1]["epoch"]]
-    norms = [step["gradient_norm"] for step in log]
+    last = [step for step in log if step.epoch == log[-1].epoch]
+    norms = [step.gradient_norm for step in log]
     return {
-        "sft": sum(step["sft"] for step in last) / len(last),
+        "sft": sum(step.losses["sft"] for step in last) / len(last),
         "clipped": sum(norm > 1 for norm in norms) / len(norms),
         "gradient_norm": sum(norms) / len(norms),
-        "last_gradient_norm": sum(step["gradient_norm"] for step in last) / len(last),
+        "last_gradient_norm": sum(step.gradient_norm for step in last) / len(last),
         "steps": len(log),
     }
 
@@ -197,9 +203,7 @@ def copied(task: Lora) -> Lora:
     return tree_map(Tensor.clone, task)
 
 
-def step_times(
-    trials: dict[str, tuple[str, float, tuple[tuple[str, Any], ...]]], rounds: int
-) -> dict[str, list[float]]:
+def step_times(trials: dict[str, Trial], rounds: int) -> dict[str, list[float]]:
     """Table 3: seconds of one gradient of each gradient method, on one micro-batch, round by round."""
     here, settings = world("float32"), Settings()
     rows = rows_of("math", "train")[: settings.micro_batch_size]
@@ -218,7 +222,7 @@ def step_times(
 
 def measurements(here: World, adapters: list[Adapter], spec: Spec, form: Format) -> dict[str, Any]:
     """Every measure the spec names."""
-    measure = {
+    measure: dict[str, Callable[[], Any]] = {
         "scores": partial(scores, here, adapters, spec.split, form),
         "prompts": partial(prompt_scores, here, adapters),
         "noise": partial(noise_similarity, here, adapters),
@@ -230,8 +234,8 @@ def measurements(here: World, adapters: list[Adapter], spec: Spec, form: Format)
 
 def answers(here: World, adapters: list[Adapter], prompts: list[list[int]]) -> list[str]:
     """Greedy completions, at most 64 tokens, in the order of the prompts."""
-    how = {"max_new_tokens": 64, "batch_size": 200, "stop": ("Question:",)}
-    found = dict(generate(here.config, here.base, here.tokenizer, prompts, adapters, **how))
+    ask = partial(generate, here.config, here.base, here.tokenizer, stop=("Question:",))
+    found = dict(ask(prompts, adapters, max_new_tokens=64, batch_size=200))
     return [found[index].text for index in range(len(prompts))]
 
 
