@@ -1,14 +1,16 @@
 """lm-evaluation-harness itself on the same rows and weights, compared item by item.
 
 The tasks are the harness' own where it has one (GSM8K, TruthfulQA, LAMBADA: its packaged yaml, with rows of ours as
-data) and written here otherwise; nothing is fetched. Three models: weights/mini; a random Qwen3 whose tokenizer puts no
-BOS before a text and has tokens that cross from one word to the next; and a folder written by `lfu merge`, which the
-harness reads as it is. The numbers agree to ROUNDING, so a verdict may differ only where it hangs by less than MARGIN.
-The last part shows that a mistake in any of the rules is noticed.
+data) and written here otherwise; nothing is fetched. Four models: weights/mini; the same with a tokenizer that puts a
+space before every text; a random Qwen3 whose tokenizer puts no BOS before a text and has tokens that cross from one
+word to the next; and a folder written by `lfu merge`, which the harness reads as it is. The numbers agree to ROUNDING,
+so a verdict may differ only where it hangs by less than MARGIN. The last part shows that a mistake in any of the rules
+is noticed.
 """
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -21,8 +23,11 @@ from commands import MINI, read_lines
 from tiny import CONFIGS, random_lora, reference_from
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from experiments.harness import (
@@ -56,7 +61,7 @@ LONGEST = 48
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """mini; a random Qwen3; and mini with an adapter merged in."""
+    """mini; mini with another tokenizer; a random Qwen3; and mini with an adapter merged in."""
     qwen3, adapter = tmp_path_factory.mktemp("qwen3"), tmp_path_factory.mktemp("adapter") / "adapter"
     reference_from(CONFIGS["qwen3"]._replace(vocab_size=1024), eos_token_id=1, bos_token_id=None).save_pretrained(qwen3)
     crossing_tokenizer().save(str(qwen3 / "tokenizer.json"))
@@ -68,7 +73,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     lora.save(adapter, (random_lora(config, 4, seed=5, std=0.05), 2.0), base=str(MINI))
     merged = adapter.parent / "merged"
     cli.merge(cli.MergeOptions(model=str(MINI), adapter=str(adapter), out=str(merged)))
-    return {"mini": MINI, "qwen3": qwen3, "merged": merged}
+    spaced = tmp_path_factory.mktemp("spaced")
+    for name in ("config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json"):
+        shutil.copy(MINI / name, spaced)
+    spaced_tokenizer().save(str(spaced / "tokenizer.json"))
+    return {"mini": MINI, "spaced": spaced, "qwen3": qwen3, "merged": merged}
+
+
+def spaced_tokenizer() -> Tokenizer:
+    """As Llama 2's: a space before every text, and BOS before that."""
+    tokenizer = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    tokenizer.decoder = MetaspaceDecoder()
+    bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = BpeTrainer(vocab_size=1000, special_tokens=["<s>", "</s>", "<unk>", *bytes], show_progress=False)
+    tokenizer.train_from_iterator((word for row in mini_rows("mixed") for word in row["answer"].split()), trainer)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
 
 
 def crossing_tokenizer() -> Tokenizer:
@@ -107,6 +128,7 @@ def choice_rows() -> list[dict[str, Any]]:
         rows.append({"question": question, "choices": choices, "answer": gold, "labels": labels})
     rows[7]["question"] = ""
     rows[8]["question"] = "Once upon a time. " * 9 + rows[8]["question"]
+    rows[9]["question"] = "<s>" + rows[9]["question"]
     # Neither of two strange words is likely; which of them is, by character or by byte, are different questions.
     strange = [["qxzjvkw", word * 2] for word in odd]
     return rows + [{"question": "It is", "choices": pair, "answer": 0, "labels": [1, 0]} for pair in strange]
@@ -231,7 +253,7 @@ SCORES = ["choices", "mc2", "last-word", "perplexity"]
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("model", ["mini", "qwen3", "merged"])
+@pytest.mark.parametrize("model", ["mini", "spaced", "qwen3", "merged"])
 def test_every_item_is_the_harness(
     model: str, score: str, models: dict[str, Path], theirs: Callable[[str, str], Outcome], tmp_path: Path
 ) -> None:
@@ -281,7 +303,7 @@ def test_the_rows_tell_the_rules_apart(
 # --- GSM8K ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["mini", "qwen3", "merged"])
+@pytest.mark.parametrize("model", ["mini", "spaced", "qwen3", "merged"])
 def test_gsm8k_is_the_harness(model: str, models: dict[str, Path], tmp_path: Path) -> None:
     rows = mini_rows("math")[:24] if model == "mini" else mini_rows("math")[:8]
     expected, found = gsm8k(models[model], rows, tmp_path)
@@ -294,6 +316,18 @@ def test_gsm8k_is_the_harness(model: str, models: dict[str, Path], tmp_path: Pat
         # What is asked without BOS is answered otherwise, and by no small margin.
         other = ours(models[model], "gsm8k", rows, tmp_path, prompt="harness", nll=False, bos=False)
         assert len(grave(answer_differences(models[model], other.samples, expected.samples))) > 5
+
+
+def test_a_long_prompt_loses_its_beginning_as_in_the_harness(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, rows = tmp_path / "model", mini_rows("math")[:8]
+    shutil.copytree(models["spaced"], folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 256 + 20}
+    (folder / "config.json").write_text(json.dumps(config))
+    expected, found = gsm8k(folder, rows, tmp_path)
+    assert re.search(r"[1-8] prompts are longer than 20 tokens and lose their beginning", capsys.readouterr().out)
+    assert grave(answer_differences(folder, found.samples, expected.samples)) == []
 
 
 # --- mistakes that must be noticed ----------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from lfu.data.batches import Example, collate
 from lfu.lora import Lora
 from lfu.methods import METHODS, bind
-from lfu.model import Config, Params, stream_dtype
+from lfu.model import Config, Params, attention_mask, stream_dtype
 from lfu.profiling.memory import expected_peak, peak
 from lfu.train import Method, lfu_gradient, sft_gradient
 
@@ -126,3 +126,10 @@ def test_trying_a_method_leaves_its_state_alone() -> None:
     chosen = method("released-reps")
     chosen.probe(*problem(), rows(1, 16)[0])
     assert chosen.state == {}
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_mask_takes_a_byte_for_each_pair_of_positions(window: int | None) -> None:
+    """With a window, two masks are combined to a third; their difference in int64 took eight bytes more."""
+    positions = torch.arange(1000)
+    assert peak(lambda: attention_mask(positions, positions, window)) < (4 if window else 2) * len(positions) ** 2

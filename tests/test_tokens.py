@@ -325,6 +325,8 @@ def multiplying(place: str) -> Tokenizer:
     made = byte_level(add_prefix_space=False)
     if place == "normalizer":
         made.normalizer = normalizers.Sequence([normalizers.Replace("a", "aaaa")] * 12)
+    elif place == "pre_tokenizer":
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel()] * 12)
     else:
         made.decoder = decoders.Sequence([decoders.Replace("a", "aaaa")] * 12)
     return made
@@ -341,6 +343,7 @@ def multiplying(place: str) -> Tokenizer:
         ),
         (with_token_beyond, r"tokenizer\.json puts the tokens \(5000,\) before a text, which are not one BOS"),
         (partial(multiplying, "normalizer"), r"tokenizer\.json: its replacements can make a text more than 100 times"),
+        (partial(multiplying, "pre_tokenizer"), r"tokenizer\.json: its replacements can make a text more than 100"),
         (partial(multiplying, "decoder"), r"tokenizer\.json: its replacements can make a text more than 100 times"),
         (with_endless_expression, r"--question: tokenizer\.json fails at the text 'aaa.{60,90}: "),
     ],

@@ -209,8 +209,8 @@ def require_same_tokens(adapter: Path, tokens: dict[str, Any], *, bos: bool = Tr
     before = recorded_tokens(adapter)
     if changed := describe_changes(before, {name: tokens.get(name) for name in before if bos or name != "bos"}):
         raise InputError(
-            f"{adapter} was trained with other special tokens: {changed}. Undo the change to tokenizer_config.json or "
-            "generation_config.json, or, if it is meant, remove tokens from lfu_config.json."
+            f"{adapter} was trained with other special tokens: {changed}. Give the same --bos, or undo the change to "
+            "tokenizer_config.json or generation_config.json; if it is meant, remove tokens from lfu_config.json."
         )
 
 

@@ -113,7 +113,7 @@ def load_tokenizer(folder: Path, vocab_size: int, bos: bool | None = None) -> Mo
         backend = parse_tokenizer(spec)
         unspaced = {name: without_own_space(spec.get(name)) for name in ("normalizer", "pre_tokenizer")}
         inner = backend if unspaced.items() <= spec.items() else parse_tokenizer(spec | unspaced)
-    if max(growth(spec.get("normalizer")), growth(spec.get("decoder"))) > MOST_GROWTH:
+    if any(growth(spec.get(name)) > MOST_GROWTH for name in ("normalizer", "pre_tokenizer", "decoder")):
         raise InputError(f"{path}: its replacements can make a text more than {MOST_GROWTH} times as long.")
     stops = eos_ids(folder, backend)
     if not stops or not all(type(stop) is int and 0 <= stop < vocab_size for stop in stops):
@@ -171,11 +171,17 @@ MOST_GROWTH = 100
 
 
 def growth(step: Any) -> int:
-    """How many times as long the replacements of a normalizer or decoder may make a text."""
-    if isinstance(step, dict) and step.get("type") == "Replace":
-        return max(1, len(step["content"]))
-    nested = step.values() if isinstance(step, dict) else step if isinstance(step, list) else ()
-    return math.prod(growth(each) for each in nested)
+    """How many times as long the replacements of a part of tokenizer.json may make a text."""
+    match step:
+        case {"type": "Replace", "content": str(content)}:
+            return max(1, len(content))
+        case {"type": "ByteLevel"}:
+            return 2  # each byte becomes a character, of one or two bytes
+        case dict():
+            return math.prod(map(growth, step.values()))
+        case list():
+            return math.prod(map(growth, step))
+    return 1
 
 
 def bos_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -187,8 +193,8 @@ def bos_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 def choose_bos(folder: Path, backend: Tokenizer, put: tuple[int, ...], wanted: bool | None) -> tuple[int, ...]:
     """BOS: what the tokenizer's post-processor puts before a text; where it puts none and one is wanted, the declared.
 
-    InputError if there is none to put, or if nobody chose and tokenizer_config.json contradicts the post-processor:
-    transformers 4 believes the former of Llama's tokenizers, the latter of all others, and transformers 5 the latter.
+    InputError if there is none to put, or if nobody chose and tokenizer_config.json contradicts the post-processor: of
+    Llama's tokenizers transformers 4 believes the former, of all others, and transformers 5 of all, the latter.
     """
     config, declared = tokenizer_config(folder), special_token(folder, "bos_token")
     bos = None if declared is None else backend.token_to_id(declared)
