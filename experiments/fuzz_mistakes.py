@@ -231,7 +231,8 @@ def change_tensors(path: Path, random: Random) -> str:
         new = random.choice([name for name in NASTY if "\ud800" not in name])
         tensors[new], done = value.clone(), f"{kind} {new!r}"
     if kind == "shape":
-        other = random.choice([value.flatten(), value[:0], torch.cat([value, value]), value[None]])
+        flat = value.flatten()
+        other = random.choice([flat, flat[:0], torch.stack([value, value]), torch.cat([flat, flat])])
         tensors[name], done = other.clone(), f"shape {list(other.shape)}"
     if kind == "dtype":
         dtype = random.choice([torch.int8, torch.int64, torch.bool, torch.float64, torch.float16, torch.float8_e4m3fn])
