@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-.PHONY: install test test-oldest mutants fuzz lint demo walkthrough walkthrough-check scale clean
+.PHONY: install test test-oldest mutants crash fuzz lint demo walkthrough walkthrough-check scale clean
 
 install: $(VENV)/installed
 
@@ -24,7 +24,10 @@ test-oldest:
 mutants: $(VENV)/installed-test
 	cd tests && ../$(BIN)/python -m mutants
 
-fuzz: $(VENV)/installed-test
+crash: $(VENV)/installed
+	$(BIN)/python -m experiments.crash
+
+fuzz: $(VENV)/installed
 	$(BIN)/python -m experiments.fuzz
 
 lint: $(VENV)/installed-test

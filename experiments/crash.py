@@ -38,7 +38,8 @@ from lfu.cli.main import COMMANDS
 from lfu.io.files import write_json
 
 TYPED = {
-    "train": arguments(["train", *MODEL, "--keep=1", "--ema=0.5"]),
+    "train": arguments(["train", *MODEL, "--keep=1"]),
+    "train-ema": arguments(["train", *MODEL, "--keep=1", "--ema=0.5"]),
     "eval": arguments(["eval", *MODEL, *PROMPT, "--batch-size=2"]),
     "merge": arguments(["merge", *MODEL, *BARE]),
     "distill": arguments(["distill", *MODEL, "--batch-size=2"]),
@@ -112,7 +113,7 @@ def go_on(world: Path, typed: list[str]) -> list[Ended]:
 def remove_as_told(world: Path, message: str) -> bool:
     """Remove what the message says is to be removed; whether it says so."""
     told = re.search(r"[Rr]emove (?!it\b)(\S+?)[.,]?(?:\s|$)", message) or re.search(r"lfu: (\S+) .*remove it", message)
-    if told is None or not (path := world / told[1]).exists():
+    if told is None or not told[1].startswith("out-o") or not (path := world / told[1]).exists():
         return False
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     return True
@@ -249,7 +250,7 @@ def main() -> None:
         prepare()
         importlib.import_module("lfu.cli.train").print_peak = lambda *_: None  # half of the time, and touches no file
         world = Path(folder) / "world"
-        build(world)
+        build(world, layers=1)
         points = [point for name in parsed.only for point in try_command(world, name, parsed.faults, parsed.every)]
     print(summary(points))
     if parsed.out:

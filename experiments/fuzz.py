@@ -119,25 +119,19 @@ def try_case(bench: Bench, number: int) -> Case:
     return Case(number, target, command, mistake, outcome, ended)
 
 
+VALUES = [
+    "-1", "0", "1", "0.5", "1e400", "nan", "inf", "-inf", "1e30", "1e-320", "1" + "0" * 30, "9" * 5000, "caf\udce9",
+    "1-1000000000", "1-", "base-m", "rows-d.jsonl", "hpu", "mps", "xla", "cuda:99", "float64", "float16",
+    *(text for text in NASTY if "\0" not in text and len(text) < 100_000),
+]  # fmt: skip
+WHERE = ["", "/dev/null", "/dev/null/x", "rows-d.jsonl", "base-m", "x" * 300, "a\nb", "\x1b[31mred", "caf\udce9"]
+
+
 def draw_option(verb: str, random: Random) -> tuple[str, str]:
     """An option of the command and a value for it; none that would rightly take for ever, or write elsewhere."""
     options = [each for each in fields(COMMANDS[verb][0]) if "bool" not in str(each.type) and each.name != "epochs"]
     name = random.choice(options).name
-    numbers = ["-1", "0", "1", "0.5", "1e400", "nan", "inf", "-inf", "1e30", "1e-320", "1" + "0" * 30, "9" * 5000]
-    texts = [text for text in NASTY if "\0" not in text and len(text) < 100_000] + ["caf\udce9", "1-1000000000", "1-"]
-    values = [*numbers, *texts, "base-m", "rows-d.jsonl", "hpu", "mps", "xla", "cuda:99", "float64", "float16"]
-    if name == "out":
-        values = [
-            "",
-            "/dev/null",
-            "/dev/null/x",
-            "rows-d.jsonl",
-            "base-m",
-            "x" * 300,
-            "a\nb",
-            "\x1b[31mred",
-            "caf\udce9",
-        ]
+    values = WHERE if name == "out" else VALUES
     if name == "max_new_tokens":
         values = [value for value in values if not value.isdigit()]
     return option_name(name), random.choice(values)
@@ -200,9 +194,8 @@ def judge_success(bench: Bench, target: str, command: list[str], mistake: str, e
     """Of a command that succeeded: whether it should have, and its numbers."""
     path = bench.place / target
     found = result(bench.place, ended)
-    if (
-        path.suffix == ".safetensors" and path.is_file() and not all_finite(path.read_bytes())
-    ) or "leaves the folder" in mistake:
+    poisoned = path.suffix == ".safetensors" and path.is_file() and not all_finite(path.read_bytes())
+    if poisoned or "leaves the folder" in mistake:
         return "silent"
     if not finite(found):
         return "nonfinite"

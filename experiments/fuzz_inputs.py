@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.children import MINI, run
-from lfu.io.files import write_json, write_tensors
+from lfu.io.files import read_json, write_json, write_tensors
 from lfu.io.tensors import read_all_tensors
 
 ROWS, CHOICES = "rows-d.jsonl", "choices-d.jsonl"
@@ -61,12 +61,10 @@ def arguments(command: list[str]) -> list[str]:
     return [*COMMAND[command[0]], *command[1:]]
 
 
-def build(world: Path) -> None:
-    """One small file or folder of every kind, with lfu's own commands."""
+def build(world: Path, layers: int = 4) -> None:
+    """One small file or folder of every kind, with lfu's own commands; of the model only its first blocks."""
     world.mkdir()
-    (world / "base-m").mkdir()
-    for file in [*MINI.glob("*.json"), *MINI.glob("*.safetensors")]:
-        shutil.copyfile(file, world / "base-m" / file.name)
+    build_model(world / "base-m", layers)
     build_shards(world / "base-m", world / "shards-s")
     rows = [json.loads(line) for line in (MINI / "math" / "train.jsonl").read_text().splitlines()[:4]]
     write_rows(world / ROWS, rows)
@@ -84,13 +82,25 @@ def build(world: Path) -> None:
     (world / "peft-p" / "lfu_config.json").unlink()
 
 
+def build_model(folder: Path, layers: int) -> None:
+    """The miniature, or its first blocks."""
+    folder.mkdir()
+    for file in MINI.glob("*.json"):
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "config.json", read_json(MINI / "config.json") | {"num_hidden_layers": layers})
+    tensors = read_all_tensors(MINI / "model.safetensors")
+    kept = tuple(f"model.layers.{number}." for number in range(layers))
+    held = {name: each for name, each in tensors.items() if name.startswith(kept) or ".layers." not in name}
+    write_tensors(folder / "model.safetensors", held)
+
+
 def build_shards(model: Path, shards: Path) -> None:
     """The same model in two files and an index."""
     shutil.copytree(model, shards)
     tensors = read_all_tensors(shards / "model.safetensors")
     (shards / "model.safetensors").unlink()
     names = sorted(tensors)
-    weight_map = {name: f"model-0000{1 + (name > names[20])}-of-00002.safetensors" for name in names}
+    weight_map = {name: f"model-0000{1 + (name > names[len(names) // 2])}-of-00002.safetensors" for name in names}
     for file in sorted(set(weight_map.values())):
         write_tensors(shards / file, {name: tensors[name] for name in names if weight_map[name] == file})
     write_json(shards / "model.safetensors.index.json", {"weight_map": weight_map})
