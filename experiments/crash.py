@@ -9,7 +9,7 @@ otherwise as its message says. What is there in the end is compared byte for byt
 times in the log and whether --resume was given:
 
     same         the next command finishes the work, and every file is as it should be
-    sentence     it refuses, and its message says what to do instead, which works
+    sentence     it refuses, and its message says what to do instead, which works, or that all is there, as it is
 
 All else is a fault: `traceback`; `stuck`, no command goes on; `different` files; `half`, for a moment a final name held
 something incomplete; `left over`, more files than there should be. A table is printed, then each point that failed.
@@ -90,7 +90,7 @@ def try_point(world: Path, name: str, number: int, operation: str, fault: str, e
     half = incomplete(world, expected)
     tried = [] if struck.code == 0 else go_on(world, TYPED[name])
     outcome = judge([struck, *tried], half, expected, contents(world))
-    said = [last_words(ended) for ended in (struck, *tried)]
+    said = [last_words(ended).replace(f"{world}/", "") for ended in (struck, *tried)]
     return Point(name, number, operation, fault, outcome, said)
 
 
@@ -124,7 +124,7 @@ def judge(ended: list[Ended], half: str, expected: dict[str, Any], found: dict[s
     if any("Traceback" in each.err for each in ended):
         return "traceback"
     if ended[-1].code != 0:
-        return "stuck"
+        return "sentence" if found == expected else "stuck"
     if any(found.get(name) != content for name, content in expected.items()):
         return "different"
     if half:
@@ -224,7 +224,7 @@ def grouped(points: list[Point]) -> list[list[Point]]:
     """Points that failed alike, one after another."""
 
     def kind(point: Point) -> tuple[str, ...]:
-        return point.command, point.fault, point.outcome, re.sub(r"\d+", "", str(point.said))
+        return point.command, point.fault, point.outcome, *(each.split(":")[0] for each in point.said)
 
     points = sorted(points, key=lambda point: (point.command, point.fault))  # stable: by number within
     return [list(group) for _, group in itertools.groupby(points, kind)]

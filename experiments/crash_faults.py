@@ -2,7 +2,7 @@
 
 Python announces what it does to files by name (`sys.addaudithook`), before it does it; writing, syncing and closing,
 which it does not announce, are wrapped. So the operations of a command can be counted, and one of them can be the last.
-A write that goes wrong leaves half of what it should have written. Read next: `crash.py`.
+A write that fails, or is killed, leaves half of what it should have written. Read next: `crash.py`.
 """
 
 import builtins
@@ -19,6 +19,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 FAULTS = ("SIGKILL", "SIGTERM", "SIGINT twice", "ENOSPC", "EIO")
+POLITE = ("SIGTERM", "SIGINT twice")
+"""What waits for the end of a write, and may be survived."""
 CREATING = ("open", "mkdir", "write", "save")
 """What a full disk refuses, and goes on to refuse."""
 ANNOUNCED = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink")
@@ -44,12 +46,13 @@ class Watch:
         """One operation is about to be done; if it is the one to be struck, first half of it, then the fault."""
         if not path.startswith(self.folder):
             return
-        name = path.removeprefix(f"{self.folder}/").replace(str(os.getpid()), "PID")
+        name = os.path.relpath(path, self.folder).replace(str(os.getpid()), "PID")
         os.write(self.descriptor, f"{kind} {name}\n".encode())
         struck, self.count = self.count == self.at, self.count + 1
         if struck or (self.full and kind in CREATING):
             self.full = self.fault == "ENOSPC"
-            half()
+            if self.fault not in POLITE:
+                half()
             self.strike(path)
 
     def strike(self, path: str) -> None:

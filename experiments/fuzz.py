@@ -308,7 +308,9 @@ def main() -> None:
     faulty = [record(case) for case in cases if case.outcome not in GOOD]
     print(f"{len(faulty)} faults in {len(cases)} cases.")
     if parsed.out:
-        write_json(parsed.out, {"cases": len(cases), "faults": faulty})
+        parsed.out.write_text(
+            json.dumps({"cases": len(cases), "faults": faulty}, indent=2)
+        )  # ASCII, for half characters
 
 
 if __name__ == "__main__":

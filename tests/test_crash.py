@@ -36,7 +36,8 @@ KILLED, DONE = Ended(-9, "", ""), Ended(0, "", "")
     [
         ([KILLED, DONE], "", WHOLE, "same"),
         ([KILLED, REFUSED, DONE], "", WHOLE, "sentence"),
-        ([KILLED, REFUSED], "", WHOLE, "stuck"),
+        ([KILLED, REFUSED], "", WHOLE, "sentence"),
+        ([KILLED, REFUSED], "", WHOLE | {"out-o/b": b"3"}, "stuck"),
         ([TRACEBACK, DONE], "", WHOLE, "traceback"),
         ([KILLED, DONE], "", WHOLE | {"out-o/b": b"3"}, "different"),
         ([KILLED, DONE], "", {"out-o": None, "out-o/a": b"1"}, "different"),
