@@ -104,18 +104,18 @@ def try_case(bench: Bench, number: int) -> Case:
     path = bench.place / target
     if target == "options":
         name, value = draw_option(typed[0], random)
-        typed, mistake, named = [*typed, f"--{name}={value}"], f"--{name}={value}", {name, value or name}
+        typed, mistake, named = [*typed, f"--{name}={value}"], f"--{name}={value}", spellings(name, value)
     else:
         mistake, named = mutate(path, random), {target.split("/")[0]}
         if target.endswith(".safetensors") and command in BY_RESUMING and random.random() < 0.5:
             mistake += "; its checksum follows" * renew_checksum(path)
     before = listing(bench.place)
     ended = run(typed, bench.place, memory=2**30)
-    written = {name for name, entry in listing(bench.place).items() if before.get(name) != entry}
     if ended.code == 0:
         outcome = judge_success(bench, target, command, mistake, ended)
     else:
-        outcome = judge_failure(ended, named, bool(written) and not has_progress(bench.place))
+        written = listing(bench.place) != before and not has_progress(bench.place)
+        outcome = judge_failure(ended, named, written)
     return Case(number, target, command, mistake, outcome, ended)
 
 
@@ -137,6 +137,11 @@ def draw_option(verb: str, random: Random) -> tuple[str, str]:
     return option_name(name), random.choice(values)
 
 
+def spellings(name: str, value: str) -> set[str]:
+    """What a message may say to name an option: itself, or the beginning of its value, as it is or escaped."""
+    return {name, value[:20], ascii(value)[1:-1][:20]} if value else {name}
+
+
 def renew_checksum(path: Path) -> bool:
     """Let state.json agree with a damaged tensor file; whether there is still a file."""
     if not path.is_file() or path.is_symlink():
@@ -147,13 +152,12 @@ def renew_checksum(path: Path) -> bool:
     return True
 
 
-def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """What is in a folder, and when it was changed."""
-    found = {}
-    for path in folder.rglob("*"):
-        status = path.lstat()
-        found[str(path.relative_to(folder))] = (0 if path.is_dir() else status.st_mtime_ns, status.st_ino)
-    return found
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """What is in a folder, by name: the content of files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and not path.is_symlink() else None
+        for path in folder.rglob("*")
+    }
 
 
 def has_progress(place: Path) -> bool:
@@ -177,13 +181,15 @@ def judge_failure(ended: Ended, named: set[str], written: bool) -> str:
     if ended.code != 2 or said is None:
         return "memory" if lacks_memory(ended.err) else "killed" if ended.code < 0 else "traceback"
     message, noise = said[1].removesuffix("\n"), EXPECTED.sub("", ended.err[: said.start()])
+    if written:
+        return "written"
     if len(noise + message) > 500:
         return "long"
     if not message.isprintable():
         return "unprintable"
     if not any(name in message for name in named):
         return "memory" if lacks_memory(message) else "unclear"
-    return "written" if written else "refused"
+    return "refused"
 
 
 def lacks_memory(text: str) -> bool:
