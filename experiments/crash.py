@@ -1,4 +1,4 @@
-"""A command that is killed, or whose disk fails, at each of its file operations: is the work saved, and goes it on?
+"""A command that is killed, or whose disk fails, at each of its file operations: can the work be continued?
 
     python -m experiments.crash                        # train, eval, merge and distill: about ten minutes on one core
     python -m experiments.crash --only train --faults SIGKILL --every 5

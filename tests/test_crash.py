@@ -19,7 +19,7 @@ ALLOWED = {"stuck": 4, "half": 5, "left over": 25}
 def test_training_goes_on_wherever_it_is_struck(tmp_path: Path) -> None:
     out = tmp_path / "points.json"
     command = [sys.executable, "-m", "experiments.crash", "--only", "train", "--faults", "SIGKILL", "ENOSPC"]
-    subprocess.run([*command, "--out", str(out)], check=True, env=environment(), timeout=300, capture_output=True)
+    subprocess.run([*command, "--out", str(out)], check=True, env=environment(), timeout=600, capture_output=True)
     points = json.loads(out.read_text(encoding="utf-8"))["points"]
     counts = Counter(point["outcome"] for point in points if point["outcome"] not in GOOD)
     assert len(points) > 50
