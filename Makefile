@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-.PHONY: install test test-oldest mutants lint demo walkthrough walkthrough-check scale clean
+.PHONY: install test test-oldest mutants crash fuzz lint demo walkthrough walkthrough-check scale clean
 
 install: $(VENV)/installed
 
@@ -23,6 +23,12 @@ test-oldest:
 
 mutants: $(VENV)/installed-test
 	cd tests && ../$(BIN)/python -m mutants
+
+crash: $(VENV)/installed
+	$(BIN)/python -m experiments.crash
+
+fuzz: $(VENV)/installed
+	$(BIN)/python -m experiments.fuzz
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
