@@ -11,6 +11,17 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, where, and what to do."""
 
 
+def quote(value: object) -> str:
+    """`repr`, cut to a hundred characters: for what the user gave, which may be megabytes, or hold escape codes."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def escape(name: str) -> str:
+    """A name without quotes, its escape codes and line breaks spelt out; cut as `quote` does."""
+    return repr(name[:100])[1:-1] + "..." * (len(name) > 100)
+
+
 def option_name(name: str) -> str:
     """A setting as the command line spells it, without its dashes: lambda for `lam`, batch-size for `batch_size`."""
     return {"lam": "lambda"}.get(name, name).replace("_", "-")

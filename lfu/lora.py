@@ -97,7 +97,7 @@ def save(folder: Path, adapter: Adapter, *, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
     `base` is what a reader should load below the adapter: an absolute path or a hub id. InputError for an adapter whose
-    blocks have different ranks or layers, for which that folder has no form.
+    blocks have different ranks or layers, for which that folder has no form, or whose values are not finite.
     """
     lora, scale = adapter
     rank = next(iter(lora[0].values())).A.shape[0]
@@ -105,6 +105,7 @@ def save(folder: Path, adapter: Adapter, *, base: str) -> None:
         raise InputError(
             f"{folder}: a PEFT folder has one rank and one set of layers for all blocks; this adapter has more."
         )
+    write_tensors(folder / "adapter_model.safetensors", to_peft_tensors(lora))
     write_json(
         folder / "adapter_config.json",
         {
@@ -126,7 +127,6 @@ def save(folder: Path, adapter: Adapter, *, base: str) -> None:
             "alpha_pattern": {},
         },
     )
-    write_tensors(folder / "adapter_model.safetensors", to_peft_tensors(lora))
 
 
 def to_peft_tensors(lora: Lora) -> dict[str, Tensor]:
@@ -163,12 +163,11 @@ def load(
         for name in targets
         for part in LowRank._fields
     }
-    tensors = read_tensors(folder, expected, stem="adapter_model", device=device)
+    tensors = read_tensors(folder, expected, stem="adapter_model", dtype=dtype or torch.float32, device=device)
     lora = [
-        {name: LowRank(*(tensors[peft_name(index, name, part)].to(dtype or torch.float32) for part in LowRank._fields))
-         for name in targets}
+        {name: LowRank(*(tensors[peft_name(index, name, part)] for part in LowRank._fields)) for name in targets}
         for index in range(config.num_hidden_layers)
-    ]  # fmt: skip
+    ]
     return lora, options["lora_alpha"] / (math.sqrt(rank) if options.get("use_rslora") else rank)
 
 

@@ -285,13 +285,12 @@ def load(
     folder = resolve_model(path)
     config = read_config(folder / "config.json")
     optional = ["lm_head.weight"] if config.tie_word_embeddings else []
-    shapes = tensor_shapes(config)
-    tensors = read_tensors(folder, shapes, optional=optional, ignored=[".rotary_emb.inv_freq"], device=device)
-    check_tied(folder, config, tensors)
     dtype = dtype or default_dtype(folder, torch.device(device))
-    # Popping lets go of each original as soon as its conversion exists: never two copies of the whole model.
-    converted = {name: tensors.pop(name).to(dtype) for name in shapes if name in tensors}
-    return config, assemble(config, converted)
+    tensors = read_tensors(
+        folder, tensor_shapes(config), optional=optional, ignored=[".rotary_emb.inv_freq"], dtype=dtype, device=device
+    )
+    check_tied(folder, config, tensors)
+    return config, assemble(config, tensors)
 
 
 def default_dtype(folder: Path, device: torch.device) -> torch.dtype:

@@ -619,6 +619,17 @@ def test_train_refuses_a_folder_in_use(data: Path, tmp_path: Path, capsys: pytes
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("name", ["model", "data", "adapter", "out"])
+def test_an_unset_shell_variable_is_no_path(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lfu("eval", **({"model": MINI, "data": data} | {name: ""})) == 2
+    assert refusal(capsys) == f"--{name} is empty, as if from an unset shell variable: give a path."
+
+
+def test_an_empty_adapter_is_not_none(data: Path) -> None:
+    with pytest.raises(InputError, match=r"adapter_config\.json does not exist"):
+        cli.evaluate(EvalOptions(model=str(MINI), data=str(data), adapter=""))
+
+
 @pytest.mark.parametrize("verb", ["eval", "generate", "merge"])
 def test_an_adapter_of_another_model_is_refused(
     verb: str, tiny: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -837,6 +848,18 @@ def test_a_run_that_explodes_says_so(data: Path, tmp_path: Path, capsys: pytest.
     options = {"batch_size": 4, "learning_rate": 1e30, "epochs": 3}
     assert lfu("train", model=MINI, data=data, out=tmp_path / "run", **options) == 2
     assert re.match(r"Step 3: the loss or its gradient is not finite \(sft nan, consistency nan", refusal(capsys))
+
+
+def test_a_last_step_that_explodes_leaves_no_adapter(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explode(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.param_groups[0]["params"][0][0] = math.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", explode)
+    assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method="sft", epochs=1, limit=4) == 2
+    assert re.match(r"adapter_model\.safetensors: \S+ holds values that are not finite", refusal(capsys))
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"settings.json", "log.jsonl", "checkpoints"}
 
 
 @contextmanager

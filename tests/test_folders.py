@@ -1,6 +1,7 @@
 """Bad input gets a sentence that names the thing and the file; writing leaves the old state or the new one."""
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -280,6 +281,31 @@ def test_quantised_tensor(folder: Path, dtype: torch.dtype, name: str) -> None:
     change_tensors(folder / "model.safetensors", {Q0: torch.zeros(64, 32).to(dtype)})
     with refused(rf"model\.safetensors: {Q0} is stored as {name}; quantised weights are not supported"):
         load(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite(folder: Path, adapter: Path, value: float) -> None:
+    """Read, and, for an adapter, written: then nothing is."""
+    change_tensors(folder / "model.safetensors", {Q0: torch.zeros(64, 32).index_fill(0, torch.tensor([63]), value)})
+    with refused(rf"model\.safetensors: {Q0} holds values that are not finite"):
+        load(folder)
+    change_tensors(adapter / "adapter_model.safetensors", {UP2: torch.full((4, 32), value)})
+    with refused(rf"adapter_model\.safetensors: {UP2} holds values that are not finite"):
+        lora.load(adapter, CONFIG)
+    spoilt = random_lora(CONFIG, 4, seed=0)
+    spoilt[2]["up_proj"].A[1, 2] = value
+    with refused(f"{UP2} holds values that are not finite"):
+        lora.save(folder / "new", (spoilt, 1.0), base="base")
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_finite_weights_whose_sum_is_not_are_read(folder: Path, dtype: torch.dtype) -> None:
+    change_tensors(folder / "model.safetensors", {Q0: torch.full((64, 32), 0.9 * torch.finfo(dtype).max, dtype=dtype)})
+    assert load(folder)[1].layers[0].q_proj.isfinite().all()
+    if dtype == torch.float32:
+        with refused(f"{Q0} holds values that are not finite"):
+            load(folder, dtype=torch.float16)
 
 
 def test_tie_conflict(folder: Path) -> None:

@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = vars(parser().parse_args(arguments))
     options, run, _ = COMMANDS[parsed.pop("verb")]
     try:
+        require_named(parsed)
         run(options(**parsed))
     except (InputError, FloatingPointError, OSError) as error:
         print(f"lfu: {error}", file=sys.stderr)
@@ -53,6 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lfu: {str(interrupt) or 'Interrupted.'}", file=sys.stderr)
         return 130
     return 0
+
+
+def require_named(parsed: dict[str, Any]) -> None:
+    """InputError for an empty path, which would mean the working folder, or no adapter."""
+    for name in ("model", "adapter", "data", "shots_data", "out"):
+        if parsed.get(name) == "":
+            raise InputError(f"--{option_name(name)} is empty, as if from an unset shell variable: give a path.")
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

@@ -136,7 +136,7 @@ def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
     """The prompt's format is the adapter's own, unless it is given; without either, `Format()`."""
     folder = resolve_model(options.model)
     config = read_config(folder / "config.json")
-    stored = adapter_format(Path(options.adapter), folder) if options.adapter else Format()
+    stored = adapter_format(Path(options.adapter), folder) if options.adapter is not None else Format()
     form = stored._replace(
         template=stored.template if options.template is None else options.template,
         bos=stored.bos if options.bos is None else options.bos,
@@ -154,8 +154,8 @@ def encode_question(setup: PromptSetup, question: str, where: str) -> list[int]:
 
 def load_model(options: InferenceOptions, setup: PromptSetup) -> LoadedModel:
     """Load what answers."""
-    device, folder = choose_device(options.device), setup.folder
-    saved = [lora.load(Path(options.adapter), setup.config, device=device)] if options.adapter else []
+    device, folder, adapter = choose_device(options.device), setup.folder, options.adapter
+    saved = [] if adapter is None else [lora.load(Path(adapter), setup.config, device=device)]
     config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)
     return LoadedModel(config, base, [cast_adapter(adapter, base) for adapter in saved])
 
