@@ -672,6 +672,16 @@ def test_an_adapter_that_does_not_know_its_training_is_refused(
     assert refusal(capsys) == f"{path} must name the template, the bos and the model_fingerprint of the training."
 
 
+@pytest.mark.parametrize("changes", [{"bos": "false"}, {"template": ["plain"]}, {"loss_on": {}}])
+def test_an_adapter_whose_settings_are_of_another_kind_is_refused(
+    changes: dict, adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(adapter, tmp_path / "adapter") / "lfu_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert lfu("eval", model=MINI, adapter=path.parent, data=data) == 2
+    assert refusal(capsys) == f"{path}: the template and loss_on must be strings, and bos true or false."
+
+
 def test_files_that_are_not_read_do_not_make_another_model(tmp_path: Path) -> None:
     """Whole clones of some models hold the weights twice; a download by their name brings them once."""
     clone = tmp_path / "clone"

@@ -175,7 +175,10 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
             f"{adapter} was trained on {settings.get('model')}, whose files differ from those of {folder}. If these "
             f"hold the same weights, remove {path.name} and give the --template."
         )
-    return Format(**{name: settings[name] for name in Format._fields if name in settings})
+    form = Format(**{name: settings[name] for name in Format._fields if name in settings})
+    if not (isinstance(form.template, str) and isinstance(form.loss_on, str) and isinstance(form.bos, bool)):
+        raise InputError(f"{path}: the template and loss_on must be strings, and bos true or false.")
+    return form
 
 
 def format_flags(form: Format) -> str:

@@ -26,12 +26,27 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} does not exist.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}.")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; ValueError where it is none, names a key twice, or is nested too deeply to be read."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"an object has the key {escape(max(names, key=names.count))} twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def first_few(names: list[str], count: int = 4) -> str:

@@ -1,7 +1,7 @@
 """Weights from safetensors files, read strictly: one file, or an index and its shards.
 
 A tensor that is silently missing or misnamed costs days, so every error names the file and the tensor. Read next:
-`config.py`.
+`keys.py`.
 """
 
 from collections.abc import Iterable
