@@ -79,9 +79,9 @@ def concatenate_ranks(layers: Sequence[dict[str, LowRank]]) -> dict[str, LowRank
 def merge(params: Params, adapter: Adapter) -> Params:
     """W + s·B A for every adapted weight, added in the stream dtype and rounded once to the dtype of W."""
     lora, scale = adapter
-    stream = stream_dtype(params)
 
     def merged(W: Tensor, pair: LowRank) -> Tensor:
+        stream = torch.promote_types(W.dtype, stream_dtype(params))
         return (W.to(stream) + scale * (pair.B.to(stream) @ pair.A.to(stream))).to(W.dtype)
 
     layers = [

@@ -394,6 +394,81 @@ def test_merged_rope_is_written_for_transformers_4_and_5(tiny: tuple[Path, Path]
         assert read_config(tmp_path / "config.json") == tiny_config("llama31")
 
 
+@pytest.fixture
+def source(tiny: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The same model, to be changed."""
+    return shutil.copytree(tiny[0], tmp_path / "source")
+
+
+def test_each_merged_tensor_keeps_its_dtype(
+    tiny: tuple[Path, Path], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = load_file(source / "model.safetensors")
+    before["model.embed_tokens.weight"] = before["model.embed_tokens.weight"].bfloat16()
+    save_file(before, source / "model.safetensors")
+    (tmp_path / "zero").mkdir()
+    lora.save(tmp_path / "zero", (random_lora(tiny_config("llama31"), 2, seed=1, std=0.0), 2.0), base="base")
+    for adapter, most in ((tmp_path / "zero", 0.0), (tiny[1], 1e-4)):
+        out = tmp_path / f"merged with {adapter.name}"
+        assert lfu("merge", model=source, adapter=adapter, out=out) == 0
+        said = re.search(r"merged in torch.bfloat16 and torch.float32\..* at most (\S+), of", capsys.readouterr().out)
+        assert said is not None
+        assert float(said[1]) <= most
+        after = load_file(out / "model.safetensors")
+        assert all(tensor.dtype == before[name].dtype for name, tensor in after.items())
+        assert all(torch.equal(before[name], after[name]) for name in before) == (most == 0)
+        assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_merged_weight_beyond_its_dtype_is_refused(
+    tiny: tuple[Path, Path], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, source / "model.safetensors")
+    settings = tiny[1] / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"lora_alpha": 1e7}))
+    assert lfu("merge", model=source, adapter=tiny[1], out=tmp_path / "merged") == 2
+    sentence = rf"{tiny[1]} merged into {source}: \S+layers\.0\.\S+ holds values that are not finite.*"
+    assert re.fullmatch(sentence, refusal(capsys))
+    assert not (tmp_path / "merged").exists()
+
+
+CARRIED = ["vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/tools.jinja"]
+
+
+def test_a_merged_folder_has_all_that_transformers_reads(
+    tiny: tuple[Path, Path], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "additional_chat_templates").mkdir()
+    for name in [*CARRIED, "thesis.txt"]:
+        (source / name).write_text(name)
+    out = tmp_path / "merged"
+    assert lfu("merge", model=source, adapter=tiny[1], out=out) == 0
+    assert {name: (out / name).read_text() for name in CARRIED} == {name: name for name in CARRIED}
+    assert not (out / "thesis.txt").exists()
+    assert capsys.readouterr().out.endswith(f"{source} has no tokenizer.json, and so {out} has none.\n")
+
+
+def test_merge_follows_no_link_out_of_the_folder(
+    tiny: tuple[Path, Path], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights alone may lie elsewhere, and the files of the hub's cache in its blobs."""
+    cached = tmp_path / "models--org--name" / "snapshots" / "0"
+    cached.parent.mkdir(parents=True)
+    source.rename(cached)
+    for name, place in (("config.json", cached.parents[1] / "blobs"), ("model.safetensors", tmp_path)):
+        place.mkdir(exist_ok=True)
+        (cached / name).rename(place / name)
+        (cached / name).symlink_to(place / name)
+    assert lfu("merge", model=cached, adapter=tiny[1], out=tmp_path / "merged") == 0
+    assert not (tmp_path / "merged" / "config.json").is_symlink()
+    (tmp_path / "secret").write_text("{}")
+    (cached / "notes.json").symlink_to(tmp_path / "secret")
+    assert lfu("merge", model=cached, adapter=tiny[1], out=tmp_path / "other") == 2
+    assert refusal(capsys) == f"{cached}/notes.json is a link that leads out of its folder: put the file itself there."
+    assert not (tmp_path / "other").exists()
+
+
 # --- eval and generate ----------------------------------------------------------------------------
 
 

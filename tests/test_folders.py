@@ -78,6 +78,21 @@ def test_a_file_is_not_a_folder(folder: Path) -> None:
         load(folder / "model.safetensors")
 
 
+def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights" / "mini").mkdir(parents=True)
+    monkeypatch.setattr(huggingface, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with refused(r"^weights/mni does not exist; what there is in weights: mini\.$"):
+        load("weights/mni")
+
+
+def test_a_model_with_an_adapter_in_its_folder(folder: Path, adapter: Path) -> None:
+    """Transformers would apply it."""
+    shutil.copy(adapter / "adapter_config.json", folder)
+    with refused("holds an adapter_config.json, by which transformers would add an adapter to the model"):
+        load(folder)
+
+
 def test_hub_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
     def no(*_: Any, **__: Any) -> None:
         raise OSError("offline")
@@ -89,7 +104,8 @@ def test_hub_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
 
 HUB = {
     "config.json", "generation_config.json", "model-00001-of-00004.safetensors", "model.safetensors.index.json",
-    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
 }  # fmt: skip
 """Of what meta-llama/Llama-3.1-8B and mistralai/Mistral-7B-v0.3 hold, that which is read, or that merging hands on."""
 ELSEWHERE = {

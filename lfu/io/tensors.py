@@ -100,6 +100,16 @@ def check_tensor(name: str, file: Path, opened: safe_open, shape: tuple[int, ...
         raise InputError(f"{file}: {name} is stored as {stored.get_dtype()}; quantised weights are not supported.")
 
 
+def check_tied(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """InputError where config.json says the output layer is the embedding, and the file holds another one."""
+    head = tensors.get("lm_head.weight")
+    if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
+        raise InputError(
+            f"{folder}: config.json ties lm_head.weight to model.embed_tokens.weight, but the file holds two different "
+            "tensors. Set tie_word_embeddings to false if both are meant."
+        )
+
+
 def stored_dtype(folder: Path, name: str) -> torch.dtype:
     """The dtype a tensor has in the file. InputError if there is no such tensor."""
     files = tensor_files(folder, "model")
