@@ -40,7 +40,7 @@ from lfu.evaluation.generative import draw_shots, harness_prompt
 from lfu.evaluation.nll import answer_nll
 from lfu.io import files, huggingface
 from lfu.io.config import read_config
-from lfu.io.huggingface import fingerprint
+from lfu.io.huggingface import fingerprint, is_same_model
 from lfu.model import forward, load
 from lfu.profiling.memory import peak
 from lfu.runs import checkpoints, prune_checkpoints
@@ -755,6 +755,36 @@ def test_an_adapter_whose_settings_are_of_another_kind_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert lfu("eval", model=MINI, adapter=path.parent, data=data) == 2
     assert refusal(capsys) == f"{path}: the template and loss_on must be strings, and bos true or false."
+
+
+def test_a_change_in_the_middle_of_a_file_is_another_model(tmp_path: Path) -> None:
+    """Of a tensor as a whole, wherever it lies; the first and the last mebibyte do not tell."""
+    shutil.copy(MINI / "config.json", tmp_path)
+    shutil.copy(MINI / "tokenizer.json", tmp_path)
+    tensors = {name: torch.zeros(2**18) for name in "abcdefgh"} | {"small": torch.zeros(3), "empty": torch.zeros(0)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = fingerprint(tmp_path)
+    assert before == fingerprint(tmp_path)
+    for name in "cdef":
+        save_file(tensors | {name: torch.ones(2**18)}, tmp_path / "model.safetensors")
+        assert fingerprint(tmp_path)[:64] == before[:64]
+        assert not is_same_model(before, fingerprint(tmp_path))
+        assert is_same_model(before[:64], fingerprint(tmp_path))
+
+
+def test_what_version_0_1_0_stored_of_the_model_still_counts(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first of the two checksums, in a run that is resumed and in an adapter."""
+    old = shutil.copytree(run, tmp_path / "run")
+    for path in (old / "settings.json", old / "adapter" / "lfu_config.json"):
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps(stored | {"model_fingerprint": stored["model_fingerprint"].partition(":")[0]}))
+    settings = json.loads((old / "settings.json").read_text())
+    assert len(settings["model_fingerprint"]) == 64
+    options = {each.name: settings[each.name] for each in fields(TrainOptions)} | {"out": str(old), "resume": True}
+    cli.train(TrainOptions(**options))
+    assert lfu("eval", model=MINI, data=data, adapter=old / "adapter", max_new_tokens=1, limit=1) == 0
 
 
 def test_files_that_are_not_read_do_not_make_another_model(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def merge(options: MergeOptions) -> Path:
 def rounding_change(
     config: Config, base: model.Params, merged: model.Params, adapter: lora.Adapter
 ) -> tuple[float, float]:
-    """How far the logits of 64 random tokens are from those with the adapter beside the weights, and how large these."""
+    """How far the logits of 64 random tokens are from those of the adapter beside the weights, and how large these."""
     tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     beside, inside = model.forward(config, base, tokens, [adapter])[0], model.forward(config, merged, tokens)[0]
     return float((inside - beside).abs().max()), float(beside.abs().max())

@@ -22,7 +22,7 @@ from lfu.data.tokens import TEMPLATES, Format, ModelTokenizer, load_tokenizer, p
 from lfu.errors import InputError, option_name
 from lfu.io.config import Config, read_config
 from lfu.io.files import read_json
-from lfu.io.huggingface import fingerprint, resolve_model
+from lfu.io.huggingface import fingerprint, is_same_model, resolve_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -75,7 +75,12 @@ def describe_changes(names: Iterable[str], before: dict[str, Any], now: dict[str
             return f"its {option_name(name)} was not recorded"
         return IDENTITIES.get(name) or f"{option_name(name)} was {before[name]!r} and is {now[name]!r}"
 
-    return "; ".join(difference(name) for name in names if before.get(name) != now[name])
+    return "; ".join(difference(name) for name in names if not is_unchanged(name, before.get(name), now[name]))
+
+
+def is_unchanged(name: str, before: Any, now: Any) -> bool:
+    """Whether a setting is what it was."""
+    return is_same_model(before, now) if name == "model_fingerprint" else before == now
 
 
 # --- what several verbs read ----------------------------------------------------------------------
@@ -170,7 +175,7 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
     settings = read_json(path)
     if not {"template", "bos", "model_fingerprint"} <= set(settings):
         raise InputError(f"{path} must name the template, the bos and the model_fingerprint of the training.")
-    if settings["model_fingerprint"] != fingerprint(folder):
+    if not is_same_model(settings["model_fingerprint"], fingerprint(folder)):
         raise InputError(
             f"{adapter} was trained on {settings.get('model')}, whose files differ from those of {folder}. If these "
             f"hold the same weights, remove {path.name} and give the --template."
