@@ -409,6 +409,22 @@ def test_index_without_a_map(sharded: Path, weight_map: Any) -> None:
         load(sharded)
 
 
+@pytest.mark.parametrize("place", ["{outside}/x.safetensors", "../x.safetensors", "deep/x.safetensors", "..", ""])
+def test_index_that_leaves_its_folder(sharded: Path, place: str) -> None:
+    index, outside = sharded / "model.safetensors.index.json", sharded.parent
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shutil.copy(sharded / weight_map[Q0], outside / "x.safetensors")
+    change_json(index, weight_map=weight_map | {Q0: place.format(outside=outside)})
+    with refused(r"index\.json names files that are not in its folder: .*\.$"):
+        load(sharded)
+
+
+def test_names_of_tensors_reach_the_terminal_escaped(folder: Path) -> None:
+    change_tensors(folder / "model.safetensors", {"\x1b[2J\nlfu: all is well": torch.zeros(1)})
+    with refused(r"has no place for: \\x1b\[2J\\nlfu: all is well\.$"):
+        load(folder)
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 CONFIG = tiny_config("llama31")

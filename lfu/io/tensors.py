@@ -61,6 +61,8 @@ def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index} has no 'weight_map' from tensor names to file names.")
+    if strays := sorted({file for file in weight_map.values() if Path(file).name != file}):
+        raise InputError(f"{index} names files that are not in its folder: {first_few(strays)}.")
     absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
     if absent:
         raise InputError(f"{index} names files that are not there: {first_few(absent)}. Download them again.")
