@@ -409,7 +409,7 @@ def test_index_without_a_map(sharded: Path, weight_map: Any) -> None:
         load(sharded)
 
 
-@pytest.mark.parametrize("place", ["{outside}/x.safetensors", "../x.safetensors", "deep/x.safetensors", "..", ""])
+@pytest.mark.parametrize("place", ["{outside}/x.safetensors", "../x.safetensors", "deep/x.safetensors"])
 def test_index_that_leaves_its_folder(sharded: Path, place: str) -> None:
     index, outside = sharded / "model.safetensors.index.json", sharded.parent
     weight_map = json.loads(index.read_text())["weight_map"]
