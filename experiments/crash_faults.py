@@ -39,7 +39,7 @@ class Watch:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.open, self.fsync, self.save = builtins.open, os.fsync, safetensors.torch.serialize_file
         sys.addaudithook(self.hear)
-        builtins.open = io.open = self.open_watched  # type: ignore[assignment]
+        builtins.open = io.open = self.open_watched
         os.fsync, safetensors.torch.serialize_file = self.fsync_watched, self.save_watched  # type: ignore[assignment]
 
     def meet(self, kind: str, path: str, half: Callable[[], object] = lambda: None) -> None:

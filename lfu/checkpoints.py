@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lfu import lora
 from lfu.errors import InputError, option_name, quote
 from lfu.io.files import new_folder, read_json, sha256, write_json, write_tensors
+from lfu.io.huggingface import is_same_model
 from lfu.io.tensors import read_all_tensors
 from lfu.model import Config
 from lfu.validation import History, best
@@ -211,4 +212,8 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
             return f"its {option_name(name)} was not recorded"
         return IDENTITIES.get(name) or f"{option_name(name)} was {quote(before[name])} and is {quote(now[name])}"
 
-    return "; ".join(difference(name) for name in now if before.get(name) != now[name])
+    return "; ".join(difference(name) for name in now if not is_unchanged(name, before.get(name), now[name]))
+
+
+def is_unchanged(name: str, before: Any, now: Any) -> bool:
+    return is_same_model(before, now) if name == "model_fingerprint" else before == now

@@ -17,6 +17,11 @@ def quote(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def escape(name: str) -> str:
+    """A name without quotes, its escape codes and line breaks spelt out; cut as `quote` does."""
+    return repr(name[:80])[1:-1] + "..." * (len(name) > 80)
+
+
 def option_name(name: str) -> str:
     """A setting as the command line spells it, without its dashes: lambda for `lam`, batch-size for `batch_size`."""
     return {"lam": "lambda"}.get(name, name).replace("_", "-")

@@ -105,6 +105,8 @@ def decode_batch(
     outputs: dict[int, list[int]] = {row: [] for row in prompts}
     done = dict.fromkeys(prompts, False)
     for step, left in enumerate(reversed(range(max_new_tokens))):
+        if strange := [row for row, finite in zip(rows, logits.sum(-1).isfinite().tolist()) if not finite]:
+            raise InputError(f"The model's logits for prompt {strange[0] + 1} are not finite: see its --dtype.")
         chosen = choose(logits, rows, step)  # [rows]
         for row, token in zip(rows, chosen.tolist()):
             if not done[row]:

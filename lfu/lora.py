@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu.errors import InputError
+from lfu.errors import InputError, quote
 from lfu.io.config import MODULES, Config, layer_shapes
 from lfu.io.files import first_few, read_json, write_json, write_tensors
+from lfu.io.keys import ADAPTER_KEYS, flag, positive, refuse_unsupported
 from lfu.io.tensors import read_tensors, tensor_files
 from lfu.model import Adapter, Lora, LowRank, Params, stream_dtype
 
@@ -78,9 +79,9 @@ def concatenate_ranks(layers: Sequence[dict[str, LowRank]]) -> dict[str, LowRank
 def merge(params: Params, adapter: Adapter) -> Params:
     """W + s·B A for every adapted weight, added in the stream dtype and rounded once to the dtype of W."""
     lora, scale = adapter
-    stream = stream_dtype(params)
 
     def merged(W: Tensor, pair: LowRank) -> Tensor:
+        stream = torch.promote_types(W.dtype, stream_dtype(params))
         return (W.to(stream) + scale * (pair.B.to(stream) @ pair.A.to(stream))).to(W.dtype)
 
     layers = [
@@ -97,7 +98,7 @@ def save(folder: Path, adapter: Adapter, *, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
     `base` is what a reader should load below the adapter: an absolute path or a hub id. InputError for an adapter whose
-    blocks have different ranks or layers, for which that folder has no form.
+    blocks have different ranks or layers, for which that folder has no form, or whose values are not finite.
     """
     lora, scale = adapter
     rank = next(iter(lora[0].values())).A.shape[0]
@@ -105,6 +106,7 @@ def save(folder: Path, adapter: Adapter, *, base: str) -> None:
         raise InputError(
             f"{folder}: a PEFT folder has one rank and one set of layers for all blocks; this adapter has more."
         )
+    write_tensors(folder / "adapter_model.safetensors", to_peft_tensors(lora))
     write_json(
         folder / "adapter_config.json",
         {
@@ -126,7 +128,6 @@ def save(folder: Path, adapter: Adapter, *, base: str) -> None:
             "alpha_pattern": {},
         },
     )
-    write_tensors(folder / "adapter_model.safetensors", to_peft_tensors(lora))
 
 
 def to_peft_tensors(lora: Lora) -> dict[str, Tensor]:
@@ -153,9 +154,14 @@ def load(
     for an adapter of another model: every tensor must be there, nothing else, and each in its shape.
     """
     folder = Path(folder)
-    options = read_json(folder / "adapter_config.json")
-    refuse_unsupported(folder, options)
-    rank, targets = options["r"], read_targets(folder, options)
+    path = folder / "adapter_config.json"
+    options = read_json(path)
+    if options.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type must be 'LORA', not {quote(options.get('peft_type'))}.")
+    refuse_unsupported(path, options, ADAPTER_KEYS)
+    rank, alpha = positive(path, options, "r"), positive(path, options, "lora_alpha", kind=float)
+    scale = alpha / (math.sqrt(rank) if flag(path, options, "use_rslora") else rank)
+    targets = read_targets(folder, options, config.num_hidden_layers)
     shapes = layer_shapes(config)
     expected: dict[str, tuple[int, ...]] = {
         peft_name(index, name, part): (rank, shapes[name][1]) if part == "A" else (shapes[name][0], rank)
@@ -163,50 +169,38 @@ def load(
         for name in targets
         for part in LowRank._fields
     }
-    tensors = read_tensors(folder, expected, stem="adapter_model", device=device)
+    tensors = read_tensors(folder, expected, stem="adapter_model", dtype=dtype or torch.float32, device=device)
     lora = [
-        {name: LowRank(*(tensors[peft_name(index, name, part)].to(dtype or torch.float32) for part in LowRank._fields))
-         for name in targets}
+        {name: LowRank(*(tensors[peft_name(index, name, part)] for part in LowRank._fields)) for name in targets}
         for index in range(config.num_hidden_layers)
-    ]  # fmt: skip
-    return lora, options["lora_alpha"] / (math.sqrt(rank) if options.get("use_rslora") else rank)
+    ]
+    return lora, scale
 
 
-VARIANTS = (
-    "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "modules_to_save",
-    "layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern",
-    "target_parameters", "exclude_modules", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
-    "corda_config", "eva_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-"""Options of PEFT that, when set, make an adapter more than s·B A on every block."""
-ACCEPTED_OPTIONS = {
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian"),  # the others also change the base weights
-    **dict.fromkeys(VARIANTS, ()),
-}
-
-
-def refuse_unsupported(folder: Path, options: dict[str, Any]) -> None:
-    """InputError unless this is a plain LoRA that PEFT would apply as s·B A everywhere."""
-    path = folder / "adapter_config.json"
-    if options.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type must be 'LORA', not {options.get('peft_type')!r}.")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(options.get(key), int | float) or options[key] <= 0:
-            raise InputError(f"{path}: {key} must be a positive number, not {options.get(key)!r}.")
-    for key, harmless in ACCEPTED_OPTIONS.items():
-        if options.get(key) and options[key] not in harmless:
-            raise InputError(f"{path}: {key} = {options[key]!r} is not supported; only plain LoRA is.")
-
-
-def read_targets(folder: Path, options: dict[str, Any]) -> tuple[str, ...]:
+def read_targets(folder: Path, options: dict[str, Any], layers: int) -> tuple[str, ...]:
     """The adapted layers, by the tensors' names: `target_modules` may be a pattern in PEFT. A list must agree."""
-    names = tensor_files(folder, "adapter_model")
-    held = tuple(name for name in TARGETS if any(f".{MODULES[name]}.lora_" in tensor for tensor in names))
-    listed = options.get("target_modules")
-    if isinstance(listed, list) and set(listed) != set(held):
+    if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
+        convert = "save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')"
         raise InputError(
-            f"{folder}: adapter_config.json lists target_modules {sorted(listed)}, but adapter_model.safetensors holds "
-            f"tensors for {first_few(sorted(held), 7) or 'none of the supported layers'}."
+            f"{folder} has its weights in adapter_model.bin, which is not read: a pickle can run code. Convert it by "
+            f"safetensors.torch.{convert}."
+        )
+    tensors = tensor_files(folder, "adapter_model")
+    held = tuple(name for name in TARGETS if any(f".{MODULES[name]}.lora_" in tensor for tensor in tensors))
+    listed = options.get("target_modules")
+    if isinstance(listed, list) and listed_targets(folder, listed, layers) != set(held):
+        names = first_few(sorted(held), 7) or "none of the supported layers"
+        raise InputError(
+            f"{folder}: adapter_config.json lists target_modules {quote(sorted(listed))}, but "
+            f"adapter_model.safetensors holds tensors for {names}."
         )
     return held
+
+
+def listed_targets(folder: Path, listed: list[Any], layers: int) -> set[str]:
+    """What modules a list means: an entry is a module's name or its end, as in PEFT's `check_target_module_exists`."""
+    if not all(isinstance(entry, str) for entry in listed):
+        raise InputError(f"{folder}: adapter_config.json has target_modules that are no names: {quote(listed)}.")
+    modules = {f"model.layers.{layer}.{MODULES[name]}": name for name in TARGETS for layer in range(layers)}
+    modules |= {"lm_head": "lm_head", "model.embed_tokens": "embed_tokens"}
+    return {name for module, name in modules.items() if any(f".{module}".endswith(f".{entry}") for entry in listed)}

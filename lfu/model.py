@@ -23,10 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfu.errors import InputError
 from lfu.io.config import MODULES, Config, layer_shapes, read_config, tensor_shapes
 from lfu.io.huggingface import resolve_model
-from lfu.io.tensors import read_tensors, stored_dtype
+from lfu.io.tensors import check_tied, read_tensors, stored_dtype
 
 
 class Layer(NamedTuple):
@@ -284,14 +283,20 @@ def load(
     """
     folder = resolve_model(path)
     config = read_config(folder / "config.json")
-    optional = ["lm_head.weight"] if config.tie_word_embeddings else []
-    shapes = tensor_shapes(config)
-    tensors = read_tensors(folder, shapes, optional=optional, ignored=[".rotary_emb.inv_freq"], device=device)
-    check_tied(folder, config, tensors)
-    dtype = dtype or default_dtype(folder, torch.device(device))
-    # Popping lets go of each original as soon as its conversion exists: never two copies of the whole model.
-    converted = {name: tensors.pop(name).to(dtype) for name in shapes if name in tensors}
-    return config, assemble(config, converted)
+    return config, read_params(folder, config, dtype or default_dtype(folder, torch.device(device)), device)
+
+
+def read_params(
+    folder: Path, config: Config, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Params:
+    """The weights of a folder; `dtype` None leaves each tensor in its own."""
+    shapes, optional = tensor_shapes(config), ["lm_head.weight"] if config.tie_word_embeddings else []
+    tensors = read_tensors(
+        folder, shapes, optional=optional, ignored=[".rotary_emb.inv_freq"], dtype=dtype, device=device
+    )
+    if config.tie_word_embeddings:
+        check_tied(folder, tensors)
+    return assemble(config, tensors)
 
 
 def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
@@ -318,13 +323,3 @@ def named_tensors(config: Config, params: Params) -> dict[str, Tensor]:
             f"model.layers.{i}.{MODULES[field]}.weight": getattr(layer, field) for field in layer_shapes(config)
         }
     return tensors if config.tie_word_embeddings else tensors | {"lm_head.weight": params.lm_head}
-
-
-def check_tied(folder: Path, config: Config, tensors: dict[str, Tensor]) -> None:
-    """InputError where config.json says the output layer is the embedding, and the file holds another one."""
-    head = tensors.get("lm_head.weight")
-    if config.tie_word_embeddings and head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
-        raise InputError(
-            f"{folder}: config.json ties lm_head.weight to model.embed_tokens.weight, but the file holds two different "
-            "tensors. Set tie_word_embeddings to false if both are meant."
-        )

@@ -43,7 +43,7 @@ from lfu.evaluation.generative import draw_shots, harness_prompt
 from lfu.evaluation.nll import answer_nll
 from lfu.io import files, huggingface
 from lfu.io.config import read_config
-from lfu.io.huggingface import fingerprint
+from lfu.io.huggingface import fingerprint, is_same_model
 from lfu.model import forward, load
 from lfu.profiling.memory import peak
 from lfu.schedule import Settings
@@ -405,6 +405,81 @@ def test_merged_rope_is_written_for_transformers_4_and_5(tiny: tuple[Path, Path]
         assert read_config(tmp_path / "config.json") == tiny_config("llama31")
 
 
+@pytest.fixture
+def source(tiny: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The same model, to be changed."""
+    return shutil.copytree(tiny[0], tmp_path / "source")
+
+
+def test_each_merged_tensor_keeps_its_dtype(
+    tiny: tuple[Path, Path], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = load_file(source / "model.safetensors")
+    before["model.embed_tokens.weight"] = before["model.embed_tokens.weight"].bfloat16()
+    save_file(before, source / "model.safetensors")
+    (tmp_path / "zero").mkdir()
+    lora.save(tmp_path / "zero", (random_lora(tiny_config("llama31"), 2, seed=1, std=0.0), 2.0), base="base")
+    for adapter, most in ((tmp_path / "zero", 0.0), (tiny[1], 1e-4)):
+        out = tmp_path / f"merged with {adapter.name}"
+        assert lfu("merge", model=source, adapter=adapter, out=out) == 0
+        said = re.search(r"merged in torch.bfloat16 and torch.float32\..* at most (\S+), of", capsys.readouterr().out)
+        assert said is not None
+        assert float(said[1]) <= most
+        after = load_file(out / "model.safetensors")
+        assert all(tensor.dtype == before[name].dtype for name, tensor in after.items())
+        assert all(torch.equal(before[name], after[name]) for name in before) == (most == 0)
+        assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_merged_weight_beyond_its_dtype_is_refused(
+    tiny: tuple[Path, Path], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, source / "model.safetensors")
+    settings = tiny[1] / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"lora_alpha": 1e7}))
+    assert lfu("merge", model=source, adapter=tiny[1], out=tmp_path / "merged") == 2
+    sentence = rf"{tiny[1]} merged into {source}: \S+layers\.0\.\S+ holds values that are not finite.*"
+    assert re.fullmatch(sentence, refusal(capsys))
+    assert not (tmp_path / "merged").exists()
+
+
+CARRIED = ["vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/tools.jinja"]
+
+
+def test_a_merged_folder_has_all_that_transformers_reads(
+    tiny: tuple[Path, Path], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "additional_chat_templates").mkdir()
+    for name in [*CARRIED, "thesis.txt"]:
+        (source / name).write_text(name)
+    out = tmp_path / "merged"
+    assert lfu("merge", model=source, adapter=tiny[1], out=out) == 0
+    assert {name: (out / name).read_text() for name in CARRIED} == {name: name for name in CARRIED}
+    assert not (out / "thesis.txt").exists()
+    assert capsys.readouterr().out.endswith(f"{source} has no tokenizer.json, and so {out} has none.\n")
+
+
+def test_merge_follows_no_link_out_of_the_folder(
+    tiny: tuple[Path, Path], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights alone may lie elsewhere, and the files of the hub's cache in its blobs."""
+    cached = tmp_path / "models--org--name" / "snapshots" / "0"
+    cached.parent.mkdir(parents=True)
+    source.rename(cached)
+    for name, place in (("config.json", cached.parents[1] / "blobs"), ("model.safetensors", tmp_path)):
+        place.mkdir(exist_ok=True)
+        (cached / name).rename(place / name)
+        (cached / name).symlink_to(place / name)
+    assert lfu("merge", model=cached, adapter=tiny[1], out=tmp_path / "merged") == 0
+    assert not (tmp_path / "merged" / "config.json").is_symlink()
+    (tmp_path / "secret").write_text("{}")
+    (cached / "notes.json").symlink_to(tmp_path / "secret")
+    assert lfu("merge", model=cached, adapter=tiny[1], out=tmp_path / "other") == 2
+    assert refusal(capsys) == f"{cached}/notes.json is a link that leads out of its folder: put the file itself there."
+    assert not (tmp_path / "other").exists()
+
+
 # --- eval and generate ----------------------------------------------------------------------------
 
 
@@ -636,6 +711,17 @@ def test_train_refuses_a_folder_in_use(data: Path, tmp_path: Path, capsys: pytes
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("name", ["model", "data", "adapter", "out"])
+def test_an_unset_shell_variable_is_no_path(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lfu("eval", **({"model": MINI, "data": data} | {name: ""})) == 2
+    assert refusal(capsys) == f"--{name} is empty, as if from an unset shell variable: give a path."
+
+
+def test_an_empty_adapter_is_not_none(data: Path) -> None:
+    with pytest.raises(InputError, match=r"adapter_config\.json does not exist"):
+        cli.evaluate(EvalOptions(model=str(MINI), data=str(data), adapter=""))
+
+
 @pytest.mark.parametrize("verb", ["eval", "generate", "merge"])
 def test_an_adapter_of_another_model_is_refused(
     verb: str, tiny: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -676,6 +762,46 @@ def test_an_adapter_that_does_not_know_its_training_is_refused(
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
     assert lfu("eval", model=MINI, adapter=path.parent, data=data) == 2
     assert refusal(capsys) == f"{path} must name the template, the bos and the model_fingerprint of the training."
+
+
+@pytest.mark.parametrize("changes", [{"bos": "false"}, {"template": ["plain"]}, {"loss_on": {}}])
+def test_an_adapter_whose_settings_are_of_another_kind_is_refused(
+    changes: dict, adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(adapter, tmp_path / "adapter") / "lfu_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert lfu("eval", model=MINI, adapter=path.parent, data=data) == 2
+    assert refusal(capsys) == f"{path}: the template and loss_on must be strings, and bos true or false."
+
+
+def test_a_change_in_the_middle_of_a_file_is_another_model(tmp_path: Path) -> None:
+    """Of a tensor as a whole, wherever it lies; the first and the last mebibyte do not tell."""
+    shutil.copy(MINI / "config.json", tmp_path)
+    shutil.copy(MINI / "tokenizer.json", tmp_path)
+    tensors = {name: torch.zeros(2**18) for name in "abcdefgh"} | {"small": torch.zeros(3), "empty": torch.zeros(0)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = fingerprint(tmp_path)
+    assert before == fingerprint(tmp_path)
+    for name in "cdef":
+        save_file(tensors | {name: torch.ones(2**18)}, tmp_path / "model.safetensors")
+        assert fingerprint(tmp_path)[:64] == before[:64]
+        assert not is_same_model(before, fingerprint(tmp_path))
+        assert is_same_model(before[:64], fingerprint(tmp_path))
+
+
+def test_what_version_0_1_0_stored_of_the_model_still_counts(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first of the two checksums, in a run that is resumed and in an adapter."""
+    old = shutil.copytree(run, tmp_path / "run")
+    for path in (old / "settings.json", old / "adapter" / "lfu_config.json"):
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps(stored | {"model_fingerprint": stored["model_fingerprint"].partition(":")[0]}))
+    settings = json.loads((old / "settings.json").read_text())
+    assert len(settings["model_fingerprint"]) == 64
+    options = {each.name: settings[each.name] for each in fields(TrainOptions)} | {"out": str(old), "resume": True}
+    cli.train(TrainOptions(**options))
+    assert lfu("eval", model=MINI, data=data, adapter=old / "adapter", max_new_tokens=1, limit=1) == 0
 
 
 def test_files_that_are_not_read_do_not_make_another_model(tmp_path: Path) -> None:
@@ -861,6 +987,18 @@ def test_a_run_that_explodes_says_so(data: Path, tmp_path: Path, capsys: pytest.
     options = {"batch_size": 4, "learning_rate": 1e30, "epochs": 3}
     assert lfu("train", model=MINI, data=data, out=tmp_path / "run", **options) == 2
     assert re.match(r"Step 3: the loss or its gradient is not finite \(sft nan, consistency nan", refusal(capsys))
+
+
+def test_a_last_step_that_explodes_leaves_no_adapter(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explode(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.param_groups[0]["params"][0][0] = math.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", explode)
+    assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method="sft", epochs=1, limit=4) == 2
+    assert re.match(r"adapter_model\.safetensors: \S+ holds values that are not finite", refusal(capsys))
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"settings.json", "log.jsonl", "checkpoints"}
 
 
 @contextmanager

@@ -1,19 +1,23 @@
 """Bad input gets a sentence that names the thing and the file; writing leaves the old state or the new one."""
 
 import json
+import math
 import os
 import shutil
 import stat
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny import random_lora, reference_model, tiny_config
 from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
 from lfu import lora
 from lfu.errors import InputError
@@ -21,6 +25,7 @@ from lfu.io import files, huggingface
 from lfu.io.config import read_config
 from lfu.io.files import new_folder, write_json, write_tensors, write_text
 from lfu.io.huggingface import resolve_model
+from lfu.io.keys import ADAPTER_KEYS, CONFIG_KEYS
 from lfu.lora import TARGETS
 from lfu.model import load
 
@@ -73,6 +78,21 @@ def test_a_file_is_not_a_folder(folder: Path) -> None:
         load(folder / "model.safetensors")
 
 
+def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights" / "mini").mkdir(parents=True)
+    monkeypatch.setattr(huggingface, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with refused(r"^weights/mni does not exist; what there is in weights: mini\.$"):
+        load("weights/mni")
+
+
+def test_a_model_with_an_adapter_in_its_folder(folder: Path, adapter: Path) -> None:
+    """Transformers would apply it."""
+    shutil.copy(adapter / "adapter_config.json", folder)
+    with refused("holds an adapter_config.json, by which transformers would add an adapter to the model"):
+        load(folder)
+
+
 def test_hub_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
     def no(*_: Any, **__: Any) -> None:
         raise OSError("offline")
@@ -84,7 +104,8 @@ def test_hub_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
 
 HUB = {
     "config.json", "generation_config.json", "model-00001-of-00004.safetensors", "model.safetensors.index.json",
-    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
 }  # fmt: skip
 """Of what meta-llama/Llama-3.1-8B and mistralai/Mistral-7B-v0.3 hold, that which is read, or that merging hands on."""
 ELSEWHERE = {
@@ -120,6 +141,8 @@ def test_config_missing(folder: Path) -> None:
         (b'{"model_type": "llama",}', "not valid JSON"),
         (b"\xff\xfe{}", "not valid JSON"),
         (b'["llama"]', "must hold a JSON object, not list"),
+        (b'{"a": ' + 10**5 * b"[", "not valid JSON: it is nested too deeply"),
+        (b'{"x": {"a": 1, "\\u001b": 2, "\\u001b": 3}}', r"not valid JSON: an object has the key \\x1b twice"),
     ],
 )
 def test_config_not_an_object(folder: Path, content: bytes, sentence: str) -> None:
@@ -149,8 +172,21 @@ LLAMA3 = {
         ({"mlp_bias": True}, "mlp_bias = True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq.* is not supported"),
-        ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding_attention.*not supported"),
+        ({"use_sliding_window": "false"}, "use_sliding_window must be true or false, not 'false'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
+        ({"layer_types": ["full_attention"]}, r"layer_types must be a list of 3 names, not \['full_attention'\]"),
+        ({"layer_types": [[], {}, 1]}, r"layer_types \[\[\], {}, 1\] with a window of None are not supported"),
+        ({"layer_types": 3 * ["sliding_attention"]}, "layer_types .*sliding_attention.* with a window of None are not"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "rope_parameters has a partial_rotary_factor"),
+        ({"logit_scale": 0.5}, "logit_scale = 0.5 is not known here, and may change what is computed. If it does not,"),
+        ({"\x1b[2J": "x" * 500}, r"\\x1b\[2J = 'x{99}\.\.\. is not known here"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000 is beyond that of any model"),
+        ({"hidden_size": 10**18}, "hidden_size = 1000000000000000000 is beyond that of any model"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps = inf is beyond"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a positive number, not nan"),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 10**400}}, r"rope_theta = 10{99}\.\.\. is beyond"),
+        ({"rope_parameters": LLAMA3 | {"factor": math.inf}}, "factor = inf is beyond"),
         ({"rope_parameters": YARN}, "rope_parameters has rope type 'yarn'.*'default' and 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling has rope type 'linear'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling has rope type 'dynamic'"),
@@ -162,7 +198,7 @@ LLAMA3 = {
         ({"hidden_size": None}, "hidden_size must be a positive integer, not None"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
         ({"vocab_size": "80"}, "vocab_size must be a positive integer, not '80'"),
-        ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number, not None"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, not 0"),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key/value heads"),
         ({"num_key_value_heads": "2"}, "num_key_value_heads must be a positive integer, not '2'"),
         ({"rope_parameters": LLAMA3 | {"rope_theta": "abc"}}, "rope_theta must be a positive number, not 'abc'"),
@@ -185,6 +221,32 @@ def test_config_refused(folder: Path, changes: dict, sentence: str) -> None:
     change_json(folder / "config.json", **changes)
     with refused(rf"config\.json: .*{sentence}"):
         load(folder)
+
+
+HARMLESS = {
+    "partial_rotary_factor": 1.0, "quantization_config": {}, "use_sliding_window": True, "max_window_layers": 3,
+    "layer_types": 3 * ["full_attention"], "pretraining_tp": 1, "attention_dropout": 0.1, "temperature": 0.6,
+    "some_new_key": None, "another": False,
+    "rope_parameters": LLAMA3 | {"rope_theta": 5e5, "attention_factor": None, "original_max_position_embeddings": 64.0},
+}  # fmt: skip
+
+
+def test_what_changes_nothing_is_accepted(folder: Path) -> None:
+    change_json(folder / "config.json", **HARMLESS)
+    assert read_config(folder / "config.json") == tiny_config("llama31")
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen3Config, LoraConfig])
+def test_no_key_of_transformers_and_peft_is_unknown(kind: Any) -> None:
+    """A newer version's new one fails here, by its name: read it, or say why it changes nothing, or refuse it."""
+    known = ADAPTER_KEYS if kind is LoraConfig else CONFIG_KEYS
+    assert {each.name for each in fields(kind)} | set(kind().to_dict()) <= known.known()
+
+
+def test_a_key_is_in_one_list_only() -> None:
+    for keys in (CONFIG_KEYS, ADAPTER_KEYS):
+        assert len(" ".join([keys.read, *keys.harmless.values(), keys.refused]).split()) == len(keys.known())
+        assert set(keys.accepted) <= set(keys.refused.split())
 
 
 def test_window_must_be_positive(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
@@ -282,6 +344,31 @@ def test_quantised_tensor(folder: Path, dtype: torch.dtype, name: str) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite(folder: Path, adapter: Path, value: float) -> None:
+    """Read, and, for an adapter, written: then nothing is."""
+    change_tensors(folder / "model.safetensors", {Q0: torch.zeros(64, 32).index_fill(0, torch.tensor([63]), value)})
+    with refused(rf"model\.safetensors: {Q0} holds values that are not finite"):
+        load(folder)
+    change_tensors(adapter / "adapter_model.safetensors", {UP2: torch.full((4, 32), value)})
+    with refused(rf"adapter_model\.safetensors: {UP2} holds values that are not finite"):
+        lora.load(adapter, CONFIG)
+    spoilt = random_lora(CONFIG, 4, seed=0)
+    spoilt[2]["up_proj"].A[1, 2] = value
+    with refused(f"{UP2} holds values that are not finite"):
+        lora.save(folder / "new", (spoilt, 1.0), base="base")
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_finite_weights_whose_sum_is_not_are_read(folder: Path, dtype: torch.dtype) -> None:
+    change_tensors(folder / "model.safetensors", {Q0: torch.full((64, 32), 0.9 * torch.finfo(dtype).max, dtype=dtype)})
+    assert load(folder)[1].layers[0].q_proj.isfinite().all()
+    if dtype == torch.float32:
+        with refused(f"{Q0} holds values that are not finite"):
+            load(folder, dtype=torch.float16)
+
+
 def test_tie_conflict(folder: Path) -> None:
     change_json(folder / "config.json", tie_word_embeddings=True)
     with refused(r"ties lm_head\.weight to model\.embed_tokens\.weight, but the file holds two different tensors"):
@@ -322,6 +409,22 @@ def test_index_without_a_map(sharded: Path, weight_map: Any) -> None:
         load(sharded)
 
 
+@pytest.mark.parametrize("place", ["{outside}/x.safetensors", "../x.safetensors", "deep/x.safetensors"])
+def test_index_that_leaves_its_folder(sharded: Path, place: str) -> None:
+    index, outside = sharded / "model.safetensors.index.json", sharded.parent
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shutil.copy(sharded / weight_map[Q0], outside / "x.safetensors")
+    change_json(index, weight_map=weight_map | {Q0: place.format(outside=outside)})
+    with refused(r"index\.json names files that are not in its folder: .*\.$"):
+        load(sharded)
+
+
+def test_names_of_tensors_reach_the_terminal_escaped(folder: Path) -> None:
+    change_tensors(folder / "model.safetensors", {"\x1b[2J\nlfu: all is well": torch.zeros(1)})
+    with refused(r"has no place for: \\x1b\[2J\\nlfu: all is well\.$"):
+        load(folder)
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 CONFIG = tiny_config("llama31")
@@ -356,10 +459,16 @@ def test_adapter_of_another_rank(adapter: Path) -> None:
     [
         ({"peft_type": "IA3"}, "peft_type must be 'LORA', not 'IA3'"),
         ({"peft_type": None}, "peft_type must be 'LORA', not None"),
-        ({"r": 0}, "r must be a positive number, not 0"),
-        ({"r": None}, "r must be a positive number, not None"),
+        ({"r": 0}, "r must be a positive integer, not 0"),
+        ({"r": None}, "r must be a positive integer, not None"),
+        ({"r": True}, "r must be a positive integer, not True"),
+        ({"lora_alpha": math.nan}, "lora_alpha must be a positive number, not nan"),
+        ({"lora_alpha": 1e300}, r"lora_alpha = 1e\+300 is beyond that of any model"),
+        ({"lora_alpha": 10**400}, r"lora_alpha = 10{99}\.\.\. is beyond that of any model"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false, not 'false'"),
+        ({"use_magic": 1}, "use_magic = 1 is not known here"),
         ({"lora_alpha": "16"}, "lora_alpha must be a positive number, not '16'"),
-        ({"use_dora": True}, "use_dora = True is not supported; only plain LoRA is"),
+        ({"use_dora": True}, "use_dora = True is not supported"),
         ({"bias": "all"}, "bias = 'all' is not supported"),
         ({"bias": "lora_only"}, "bias = 'lora_only' is not supported"),
         ({"lora_bias": True}, "lora_bias = True is not supported"),
@@ -392,6 +501,9 @@ def test_adapter_without_config(adapter: Path) -> None:
 def test_adapter_without_weights(adapter: Path, targets: Any) -> None:
     change_json(adapter / "adapter_config.json", target_modules=targets)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with refused(r"weights in adapter_model\.bin, which is not read.*save_file\(torch\.load\("):
+        lora.load(adapter, CONFIG)
+    (adapter / "adapter_model.bin").unlink()
     with refused(r"adapter_model\.safetensors"):
         lora.load(adapter, CONFIG)
 
@@ -429,6 +541,13 @@ def test_adapter_lists_other_targets(adapter: Path) -> None:
     with refused(
         r"lists target_modules \['lm_head', 'q_proj'\].* adapter_model\.safetensors holds tensors for down_proj"
     ):
+        lora.load(adapter, CONFIG)
+
+
+@pytest.mark.parametrize("targets", [[1, "q_proj"], [["q_proj"]], [None]])
+def test_adapter_lists_what_are_no_names(adapter: Path, targets: Any) -> None:
+    change_json(adapter / "adapter_config.json", target_modules=targets)
+    with refused("has target_modules that are no names"):
         lora.load(adapter, CONFIG)
 
 
@@ -511,6 +630,13 @@ def test_tensors_written_are_the_tensors_read(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "t.safetensors")
     assert torch.equal(tensors["view"], table[:, 1:3])
     assert torch.equal(tensors["transposed"], table.T)
+
+
+@pytest.mark.parametrize("value", [False, "gaussian", "eva", "orthogonal"])
+def test_adapter_of_the_plain_base_is_accepted(adapter: Path, value: Any) -> None:
+    before = lora.load(adapter, CONFIG)
+    change_json(adapter / "adapter_config.json", init_lora_weights=value, r=4.0, lora_alpha=8.0, eva_config={"rho": 1})
+    assert lora.load(adapter, CONFIG)[1] == before[1] == 2.0
 
 
 @pytest.mark.parametrize("value", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lfu import generate as module
 from lfu.data.tokens import ModelTokenizer
+from lfu.errors import InputError
 from lfu.generate import Completion, distribution, generate, make_sampler
 from lfu.lora import Adapter
 from lfu.model import Config, Params, forward, load
@@ -159,6 +160,13 @@ def test_transformers_generates_the_same(kind: str, folder_of: Callable[[str], P
             eos_token_id=sorted(stops), pad_token_id=0,
         )  # fmt: skip
         assert until(row[len(prompt) :].tolist(), stops) == completion
+
+
+def test_logits_that_are_not_finite_choose_nothing(model: tuple[Config, Params]) -> None:
+    config, params = model
+    spoilt = params._replace(embed=params.embed.index_fill(0, torch.tensor([3]), torch.nan))
+    with pytest.raises(InputError, match="logits for prompt 2 are not finite"):
+        completions(config, spoilt, tokenizer(), [[1, 2], [3, 4]])
 
 
 def test_adapters_take_part(model: tuple[Config, Params]) -> None:

@@ -72,6 +72,14 @@ def test_choices(choices: list[str], logprobs: list[float], right: int, acc: boo
     assert record == {"logprobs": logprobs, "acc": acc, "acc_norm": acc_norm}
 
 
+def test_logits_that_are_not_finite_score_nothing() -> None:
+    config = CONFIGS["llama31"]
+    params = random_params(config, seed=0, dtype=torch.float32)
+    params.lm_head[3] = 3e38 * params.lm_head[3].sign()
+    with pytest.raises(InputError, match="logits for the row of line 7 are not finite"):
+        nll.row_likelihoods(config, params, [Example([1, 2, 4], 2, 7)], [])
+
+
 def test_the_share_of_the_true_choices() -> None:
     probabilities = [0.1, 0.2, 0.05]
     logprobs = [math.log(p) for p in probabilities]

@@ -125,6 +125,7 @@ VARIANTS = {
     "subset": {"target_modules": ["v_proj", "down_proj"], "lora_alpha": 6},
     "one layer": {"target_modules": ["k_proj"], "lora_alpha": 6},
     "rslora": {"target_modules": ["q_proj", "o_proj", "gate_proj"], "lora_alpha": 3, "use_rslora": True},
+    "ends of names": {"target_modules": ["self_attn.q_proj", "up_proj", "absent_proj"], "lora_alpha": 6},
     "pattern": {"target_modules": r".*\.(q_proj|up_proj)", "lora_alpha": 6},
     "all-linear": {"target_modules": "all-linear", "lora_alpha": 6},
 }
@@ -163,6 +164,15 @@ def test_reads_what_peft_writes(peft_model: PeftModel, folder_of: Callable[[str]
     expected = reference_logits(peft_model)
     assert reading_error(tmp_path, params, expected) < TOLERANCE
     assert gap(logits(params), expected) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("end", ["self_attn.q_proj", "model.layers.{}.self_attn.q_proj"])
+def test_reads_names_and_their_ends(end: str, tmp_path: Path) -> None:
+    """PEFT writes them as they were given."""
+    adapter = (random_lora(CONFIG, 4, seed=1, dtype=torch.float32, targets=("q_proj",)), 1.5)
+    lora.save(tmp_path, adapter, base="base")
+    change_json(tmp_path / "adapter_config.json", target_modules=[end.format(layer) for layer in range(3)])
+    assert same(lora.load(tmp_path, CONFIG), adapter)
 
 
 def test_reads_a_pattern_that_peft_has_not_resolved(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

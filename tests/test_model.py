@@ -5,6 +5,7 @@ steering, difference-exact products, decoding with a cache.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,7 +32,7 @@ from lfu import model, steering
 from lfu.errors import InputError
 from lfu.generate import Cache, decode, empty_cache
 from lfu.io.config import Config, Llama3Scaling, read_config
-from lfu.io.files import read_json
+from lfu.io.files import read_json, write_json
 from lfu.model import Layer, Params, Steering, base_product, embed, forward, load, recording, relative_to, trunk
 
 # Largest error measured over the seven kinds, in logits of size 5 and hidden states of size 12: 9.7e-6 in float32.
@@ -83,6 +84,55 @@ def test_equals_transformers(kind: str, dtype: torch.dtype, folder_of: Callable[
     assert {tensor.dtype for tensor in [ours[0], *ours[1]]} == {dtype}
     assert distance(ours, expected(kind, dtype)[1]) < TOLERANCE
     assert transformers_error(kind, dtype) < TOLERANCE
+
+
+WINDOWS = {
+    "a Mistral whose types have no window": ("mistral_v01", {"layer_types": 3 * ["full_attention"]}, None),
+    "a Mistral whose types have it": ("mistral_v01", {"layer_types": 3 * ["sliding_attention"]}, 24),
+    "a Qwen3 whose types have one": (
+        "qwen3", {"use_sliding_window": True, "sliding_window": 24, "layer_types": 3 * ["sliding_attention"]}, 24,
+    ),
+    "a Qwen3 that has none yet": (
+        "qwen3", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 3}, None,
+    ),
+    "a Qwen3 that does not use it": ("qwen3", {"use_sliding_window": False, "sliding_window": 24}, None),
+    "a Llama": ("llama31", {"use_sliding_window": True, "sliding_window": 24}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_the_window_is_transformers(case: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    kind, changes, window = WINDOWS[case]
+    folder = shutil.copytree(folder_of(kind), tmp_path / "model")
+    raw = {key: value for key, value in read_json(folder / "config.json").items() if key != "layer_types"}
+    write_json(folder / "config.json", raw | changes)
+    config, params = load(folder)
+    assert config.sliding_window == window
+    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    outputs = reference_outputs(reference, tokens_for(config))
+    assert distance(forward(config, params, tokens_for(config)), outputs) < TOLERANCE
+    other = config._replace(sliding_window=None if window else 24)
+    assert distance(forward(other, params, tokens_for(config)), outputs) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral_v01", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+        ("mistral_v01", {"layer_types": 3 * ["sliding_attention"], "sliding_window": None}),
+        ("mistral_v01", {"layer_types": 3 * ["chunked_attention"]}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2, "layer_types": None}),
+        ("qwen3", {"use_sliding_window": False, "layer_types": 3 * ["sliding_attention"]}),
+    ],
+)
+def test_windows_that_differ_are_refused(
+    kind: str, changes: dict, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    write_json(tmp_path / "config.json", read_json(folder_of(kind) / "config.json") | changes)
+    with pytest.raises(InputError, match=r"config\.json: layer_types \[.* are not supported: every layer must be"):
+        read_config(tmp_path / "config.json")
 
 
 # --- rotary frequencies -----------------------------------------------------------------------------------------------
@@ -185,6 +235,7 @@ def test_both_forms_of_config_say_the_same(tmp_path: Path, form: dict) -> None:
     [
         ({"head_dim": None}, {"head_dim": 8}),
         ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
+        ({"rms_norm_eps": None}, {"rms_norm_eps": 1e-6}),
         ({}, {"rope_theta": 10000.0, "rope_scaling": None, "sliding_window": None, "tie_word_embeddings": False}),
         ({"rope_scaling": None, "rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": None}),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {"rope_theta": 1e6, "rope_scaling": None}),

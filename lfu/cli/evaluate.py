@@ -294,7 +294,7 @@ def identity(options: EvalOptions, setup: PromptSetup) -> dict[str, Any]:
     """All that decides what --out holds."""
     files = ("model", "adapter", "data", "shots_data", "out", "device", "batch_size")
     chosen = {name: value for name, value in asdict(options).items() if name not in files}
-    adapter = sorted(Path(options.adapter).glob("adapter_*")) if options.adapter else []
+    adapter = sorted(Path(options.adapter).glob("adapter_*")) if options.adapter is not None else []
     return chosen | {
         "model_fingerprint": fingerprint(setup.folder),
         "adapter_files": [sha256(path) for path in adapter],

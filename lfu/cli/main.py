@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = vars(parser().parse_args(arguments))
     options, run, _ = COMMANDS[parsed.pop("command")]
     try:
-        require_text(parsed)
+        require_usable(parsed)
         run(options(**parsed))
     except (InputError, FloatingPointError, OSError) as error:
         print(f"lfu: {error}", file=sys.stderr)
@@ -63,11 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def require_text(parsed: dict[str, Any]) -> None:
-    """InputError for an option that no file could record."""
+def require_usable(parsed: dict[str, Any]) -> None:
+    """InputError for text that no file could record, and for an empty path: the working folder, or no adapter."""
     for name, value in parsed.items():
         if isinstance(value, str) and ("\0" in value or value != value.encode(errors="ignore").decode()):
             raise InputError(f"--{option_name(name)} is not UTF-8 text without NUL: {quote(value)}.")
+        if value == "" and name in ("model", "adapter", "data", "valid", "shots_data", "out", "folder"):
+            raise InputError(f"--{option_name(name)} is empty, as if from an unset shell variable: give a path.")
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

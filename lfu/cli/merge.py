@@ -1,5 +1,6 @@
 """`lfu merge`: an adapter added to the weights of its model. Read next: `distill.py`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from lfu import lora, model
 from lfu.baselines.averages import ensemble
 from lfu.cli.options import adapter_format, cast_adapter, check_writable, format_flags, option
 from lfu.errors import InputError
-from lfu.io.config import read_config, rope_keys
+from lfu.io.config import Config, read_config, rope_keys
+from lfu.io.files import require_finite
 from lfu.io.huggingface import resolve_model, write_model
-from lfu.io.tensors import stored_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,10 @@ class MergeOptions:
 
 
 def merge(options: MergeOptions) -> Path:
-    """Write the model with the adapter added to its weights, as a complete Hugging Face folder in the model's dtype.
+    """Write the model with the adapter added to its weights, as a complete Hugging Face folder, each in its dtype.
 
     Prints the largest change that the rounding of the merged weights makes to the logits of 64 random tokens.
+    InputError, and nothing is written, where those weights or logits are not finite.
     """
     source, out = resolve_model(options.model), Path(options.out)
     if out.exists():
@@ -36,17 +38,32 @@ def merge(options: MergeOptions) -> Path:
     config = read_config(source / "config.json")
     form = adapter_format(Path(options.adapter), source)
     saved = ensemble(lora.load(Path(options.adapter), config), 1 - options.weight)
-    config, base = model.load(source, dtype=stored_dtype(source, "model.embed_tokens.weight"))
+    base = model.read_params(source, config)
     adapter = cast_adapter(saved, base)
     merged = lora.merge(base, adapter)
-    write_model(out, source, model.named_tensors(config, merged), rope_keys(config))
-    tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
-    beside, inside = model.forward(config, base, tokens, [adapter])[0], model.forward(config, merged, tokens)[0]
+    tensors = model.named_tensors(config, merged)
+    require_finite(tensors, dict.fromkeys(tensors, f"{options.adapter} merged into {source}"))
+    change, largest = rounding_change(config, base, merged, adapter)
+    dtypes = " and ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
+    if not math.isfinite(change):
+        raise InputError(f"Merged in {dtypes}, {source} and {options.adapter} give logits that are not finite.")
+    write_model(out, source, tensors, rope_keys(config))
     print(
-        f"{out}: merged in {base.embed.dtype}. On 64 random tokens the logits change by at most "
-        f"{float((inside - beside).abs().max()):.3g}, of at most {float(beside.abs().max()):.3g}."
+        f"{out}: merged in {dtypes}. On 64 random tokens the logits change by at most {change:.3g}, of at most "
+        f"{largest:.3g}."
     )
+    if not (source / "tokenizer.json").is_file():
+        print(f"{source} has no tokenizer.json, and so {out} has none.")
     if (Path(options.adapter) / "lfu_config.json").is_file():
         apart = "" if form.loss_on == "answer" else f", nearly: with {form.loss_on} questions are tokenised apart"
         print(f"A merged folder does not know its prompts: ask it with {format_flags(form)}{apart}.")
     return out
+
+
+def rounding_change(
+    config: Config, base: model.Params, merged: model.Params, adapter: lora.Adapter
+) -> tuple[float, float]:
+    """How far the logits of 64 random tokens are from those of the adapter beside the weights, and how large these."""
+    tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    beside, inside = model.forward(config, base, tokens, [adapter])[0], model.forward(config, merged, tokens)[0]
+    return float((inside - beside).abs().max()), float(beside.abs().max())

@@ -30,7 +30,7 @@ from lfu.data.tokens import (
 from lfu.errors import InputError, option_name, quote
 from lfu.io.config import Config, read_config
 from lfu.io.files import read_json
-from lfu.io.huggingface import fingerprint, resolve_model
+from lfu.io.huggingface import fingerprint, is_same_model, resolve_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -134,14 +134,14 @@ def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
     """The prompt's format is the adapter's own, unless it is given; without either, `Format()`."""
     folder = resolve_model(options.model)
     config = read_config(folder / "config.json")
-    stored = adapter_format(Path(options.adapter), folder) if options.adapter else Format()
-    recorded = recorded_tokens(Path(options.adapter)) if options.adapter else {}
+    stored = adapter_format(Path(options.adapter), folder) if options.adapter is not None else Format()
+    recorded = recorded_tokens(Path(options.adapter)) if options.adapter is not None else {}
     form = stored._replace(
         template=stored.template if options.template is None else options.template,
         bos=stored.bos if options.bos is None else options.bos,
     )
     tokenizer = load_tokenizer(folder, config.vocab_size, wanted_bos(options.bos, stored, recorded))
-    if options.adapter:
+    if options.adapter is not None:
         require_same_tokens(Path(options.adapter), describe_tokens(tokenizer), bos=options.bos is None)
     return PromptSetup(folder, config, tokenizer, form, longest_context(folder))
 
@@ -168,8 +168,8 @@ def encode_question(setup: PromptSetup, question: str, max_new_tokens: int) -> l
 
 def load_model(options: InferenceOptions, setup: PromptSetup) -> LoadedModel:
     """Load what answers."""
-    device, folder = choose_device(options.device), setup.folder
-    saved = [lora.load(Path(options.adapter), setup.config, device=device)] if options.adapter else []
+    device, folder, adapter = choose_device(options.device), setup.folder, options.adapter
+    saved = [] if adapter is None else [lora.load(Path(adapter), setup.config, device=device)]
     config, base = model.load(folder, dtype=choose_dtype(options.dtype, folder, device), device=device)
     return LoadedModel(config, base, [cast_adapter(adapter, base) for adapter in saved])
 
@@ -187,12 +187,15 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
         return Format()
     if not needed <= set(settings):
         raise InputError(f"{path} must name the template, the bos and the model_fingerprint of the training.")
-    if settings["model_fingerprint"] != fingerprint(folder):
+    if not is_same_model(settings["model_fingerprint"], fingerprint(folder)):
         raise InputError(
             f"{adapter} was trained on {settings.get('model')}, whose files differ from those of {folder}. If these "
             f"hold the same weights, remove {path.name} and give the --template."
         )
-    return Format(**{name: settings[name] for name in Format._fields if name in settings})
+    form = Format(**{name: settings[name] for name in Format._fields if name in settings})
+    if not (isinstance(form.template, str) and isinstance(form.loss_on, str) and isinstance(form.bos, bool)):
+        raise InputError(f"{path}: the template and loss_on must be strings, and bos true or false.")
+    return form
 
 
 def recorded_tokens(adapter: Path) -> dict[str, Any]:

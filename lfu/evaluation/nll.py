@@ -1,5 +1,6 @@
 """The likelihood of given answers, token by token. Read next: `generative.py`."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lfu.data.batches import Example, collate, split_by_length
+from lfu.errors import InputError
 from lfu.evaluation.estimates import Estimate, ratio
 from lfu.lora import Adapter
 from lfu.loss import answer_labels, answer_mask
@@ -58,6 +60,8 @@ def row_likelihoods(
         logprobs.append(log_p.gather(1, wanted[:, None])[:, 0])
         misses.append(log_p.argmax(-1) != wanted)
     sums = sum_rows(mask, torch.cat(logprobs)), sum_rows(mask, torch.cat(misses).int())
+    if strange := [each.line_number for each, total in zip(examples, sums[0]) if not math.isfinite(total)]:
+        raise InputError(f"The model's logits for the row of line {strange[0]} are not finite: see its --dtype.")
     return [Likelihood(total, missed == 0) for total, missed in zip(*sums)]
 
 

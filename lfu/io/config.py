@@ -6,8 +6,9 @@ Read next: `huggingface.py`.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lfu.errors import InputError
-from lfu.io.files import read_json
+from lfu.errors import InputError, quote
+from lfu.io.files import first_few, read_json
+from lfu.io.keys import CONFIG_KEYS, flag, positive, refuse_unsupported
 
 
 class Llama3Scaling(NamedTuple):
@@ -43,63 +44,43 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "
 def read_config(path: Path) -> Config:
     """What of a config.json shapes the computation.
 
-    Other keys are ignored; values that the decoder cannot compute (biases, other activations, other rope types,
-    quantisation) raise InputError with the key and the value.
+    InputError, with the key and the value, for what the decoder cannot compute (biases, other activations, other rope
+    types, quantisation) and for keys that nobody here knows: see `keys.py`.
     """
     raw = read_json(path)
-    kind = str(raw.get("model_type"))
-    if kind not in ARCHITECTURES or raw.get("architectures") not in (None, [ARCHITECTURES[kind]]):
-        given = f"model_type {raw.get('model_type')!r} with architectures {raw.get('architectures')!r}"
-        known = ", ".join(f"{name} ({architecture})" for name, architecture in ARCHITECTURES.items())
-        raise InputError(f"{path}: {given} is not supported; these are: {known}.")
-    refuse_unsupported(path, raw)
+    kind = read_architecture(path, raw)
+    refuse_unsupported(path, raw, CONFIG_KEYS)
     hidden_size, heads = positive(path, raw, "hidden_size"), positive(path, raw, "num_attention_heads")
+    layers = positive(path, raw, "num_hidden_layers")
+    shared = heads if "num_key_value_heads" in raw else {"mistral": 8, "qwen3": 32}.get(kind, heads)
     theta, scaling = read_rope(path, raw)
     config = Config(
         model_type=kind,
         vocab_size=positive(path, raw, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=positive(path, raw, "intermediate_size"),
-        num_hidden_layers=positive(path, raw, "num_hidden_layers"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=positive(path, raw, "num_key_value_heads", heads),
+        num_key_value_heads=positive(path, raw, "num_key_value_heads", shared),
         head_dim=positive(path, raw, "head_dim", 128 if kind == "qwen3" else hidden_size // heads),
-        rms_norm_eps=positive(path, raw, "rms_norm_eps", kind=float),
+        rms_norm_eps=positive(path, raw, "rms_norm_eps", 1e-6, float),
         rope_theta=theta,
         rope_scaling=Llama3Scaling(**scaling) if scaling else None,
-        sliding_window=read_window(path, raw),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        sliding_window=read_window(path, raw, layers),
+        tie_word_embeddings=flag(path, raw, "tie_word_embeddings"),
     )
     require_divisible(path, raw, config)
     return config
 
 
-def positive(path: Path, raw: dict[str, Any], key: str, default: float | None = None, kind: type = int) -> Any:
-    """A positive number of this kind; null or an absent key mean the default, if there is one."""
-    value = default if raw.get(key) is None else raw[key]
-    accepted = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, accepted) or not value > 0:
-        raise InputError(
-            f"{path}: {key} must be a positive {'integer' if kind is int else 'number'}, not {raw.get(key)!r}."
-        )
-    return kind(value)
-
-
-def refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
-    """InputError for settings that change the computation in ways this decoder does not know."""
-    accepted = {
-        "hidden_act": ("silu", None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "use_sliding_window": (False, None),
-        "quantization_config": (None,),
-    }
-    for key, values in accepted.items():
-        if raw.get(key) not in values:
-            raise InputError(f"{path}: {key} = {raw[key]!r} is not supported.")
-    kinds = set(raw.get("layer_types") or ["full_attention"])
-    if raw["model_type"] != "mistral" and kinds != {"full_attention"}:
-        raise InputError(f"{path}: layer_types {sorted(kinds)} are not supported; every layer must be full_attention.")
+def read_architecture(path: Path, raw: dict[str, Any]) -> str:
+    """The model_type; InputError unless it is a known one, and no other model with the same block stands on it."""
+    kind = str(raw.get("model_type"))
+    if kind not in ARCHITECTURES or raw.get("architectures") not in (None, [ARCHITECTURES[kind]]):
+        given = f"model_type {quote(raw.get('model_type'))} with architectures {quote(raw.get('architectures'))}"
+        known = ", ".join(f"{name} ({architecture})" for name, architecture in ARCHITECTURES.items())
+        raise InputError(f"{path}: {given} is not supported; these are: {known}.")
+    return kind
 
 
 def require_divisible(path: Path, raw: dict[str, Any], config: Config) -> None:
@@ -116,9 +97,32 @@ def require_divisible(path: Path, raw: dict[str, Any], config: Config) -> None:
         raise InputError(f"{path}: head_dim must be even for rotary embedding, not {config.head_dim}.")
 
 
-def read_window(path: Path, raw: dict[str, Any]) -> int | None:
-    """Mistral's window: 4096 where the key is absent, none where it is null. Other families have none."""
-    if raw["model_type"] != "mistral" or raw.get("sliding_window", 4096) is None:
+def read_window(path: Path, raw: dict[str, Any], layers: int) -> int | None:
+    """The window that every layer has; InputError where some have one and others none, which is not supported.
+
+    layer_types decides, of a Mistral too: with it, transformers reads one as a Ministral. Where it is absent, all
+    layers of a Mistral have the window, if there is one, and of a Qwen3 those from max_window_layers onward.
+    """
+    window, types = stated_window(path, raw), raw.get("layer_types")
+    if types is None:
+        first = positive(path, raw, "max_window_layers", 28) if window and raw["model_type"] == "qwen3" else 0
+        types = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
+    if not isinstance(types, list) or len(types) != layers:
+        raise InputError(f"{path}: layer_types must be a list of {layers} names, not {quote(types)}.")
+    if all(each == "full_attention" for each in types):
+        return None
+    if window is None or any(each != "sliding_attention" for each in types):
+        raise InputError(
+            f"{path}: layer_types {quote(types)} with a window of {window} are not supported: every layer must be "
+            "full_attention, or every layer sliding_attention with a window."
+        )
+    return window
+
+
+def stated_window(path: Path, raw: dict[str, Any]) -> int | None:
+    """sliding_window where the architecture looks at it: 4096 if the key is absent, none if it is null."""
+    unused = {"llama": True, "qwen3": not flag(path, raw, "use_sliding_window")}.get(raw["model_type"], False)
+    if unused or raw.get("sliding_window", 4096) is None:
         return None
     return positive(path, raw, "sliding_window", 4096)
 
@@ -140,13 +144,15 @@ def read_rope(path: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any] | 
 def read_scaling(path: Path, key: str, block: Any) -> dict[str, Any] | None:
     """One block of rotary settings; only the types `default` and `llama3` are known."""
     if not isinstance(block, dict):
-        raise InputError(f"{path}: {key} must be an object, not {block!r}.")
+        raise InputError(f"{path}: {key} must be an object, not {quote(block)}.")
     kind = block.get("rope_type") or block.get("type") or "default"
     if kind not in ("default", "llama3"):
-        raise InputError(f"{path}: {key} has rope type {kind!r}; supported are 'default' and 'llama3'.")
-    unknown = set(block) - {"rope_type", "type", "rope_theta", *LLAMA3}
-    if unknown:
-        raise InputError(f"{path}: {key} has keys that are not known here: {', '.join(sorted(unknown))}.")
+        raise InputError(f"{path}: {key} has rope type {quote(kind)}; supported are 'default' and 'llama3'.")
+    if block.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise InputError(f"{path}: {key} has a partial_rotary_factor, which is not supported.")
+    given = {name for name, value in block.items() if value is not None}
+    if unknown := given - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3}:
+        raise InputError(f"{path}: {key} has keys that are not known here: {first_few(sorted(unknown))}.")
     if kind == "default":
         return None
     scaling = {name: positive(path, block, name, kind=number) for name, number in LLAMA3.items()}

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lfu.errors import InputError
+from lfu.errors import InputError, escape
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} does not exist.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -34,10 +34,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; ValueError where it is none, names a key twice, or is nested too deeply to be read."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"an object has the key {escape(max(names, key=names.count))} twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def first_few(names: list[str], count: int = 4) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, escaped, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    return ", ".join(map(escape, names[:count])) + more
 
 
 @contextmanager
@@ -95,7 +110,11 @@ def write_json(target: Path, value: dict[str, Any]) -> None:
 
 
 def write_tensors(target: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file readable by whoever may read its folder (the library itself would say 0600)."""
+    """Write a safetensors file readable by whoever may read its folder (the library itself would say 0600).
+
+    InputError, and nothing is written, where a value is not finite.
+    """
+    require_finite(tensors, dict.fromkeys(tensors, target.name))
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, target, metadata={"format": "pt"})
@@ -104,6 +123,14 @@ def write_tensors(target: Path, tensors: dict[str, Tensor]) -> None:
     umask = os.umask(0)
     os.umask(umask)
     target.chmod(0o666 & ~umask)
+
+
+def require_finite(tensors: Mapping[str, Tensor], files: Mapping[str, Path | str]) -> None:
+    """InputError for the first tensor with a value that is NaN or infinite; `files` says where each one belongs."""
+    for name, tensor in tensors.items():
+        # Such a value makes the sum one too, and a sum takes a thirtieth of the time of looking at each value.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise InputError(f"{files[name]}: {escape(name)} holds values that are not finite (NaN or infinite).")
 
 
 def fsync(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Weights from safetensors files, read strictly: one file, or an index and its shards.
 
 A tensor that is silently missing or misnamed costs days, so every error names the file and the tensor. Read next:
-`config.py`.
+`keys.py`.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lfu.errors import InputError
-from lfu.io.files import first_few, read_json
+from lfu.io.files import first_few, read_json, require_finite
 
 
 def read_tensors(
@@ -22,13 +22,15 @@ def read_tensors(
     optional: Iterable[str] = (),
     ignored: Iterable[str] = (),
     stem: str = "model",
+    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
-    """Exactly the tensors `shapes` names, from `folder`/`stem`.safetensors or its index and shards.
+    """Exactly the tensors `shapes` names, from `folder`/`stem`.safetensors or its index and shards, in this dtype.
 
-    On the CPU the tensors are views of the memory-mapped file; elsewhere each goes straight to the device. Names in
-    `optional` may be absent, names that end as one of `ignored` are passed over. Everything else that is missing,
-    unexpected or mis-shaped raises InputError before the first tensor is read.
+    `dtype` None is each tensor's own. On the CPU those that need no conversion are views of the memory-mapped file;
+    elsewhere each goes straight to the device. Names in `optional` may be absent, names that end as one of `ignored`
+    are passed over. Everything else that is missing, unexpected or mis-shaped raises InputError before the first tensor
+    is read; so does, after that, a value that is not finite or not in this dtype.
     """
     optional, ignored = set(optional), tuple(ignored)
     files = {name: file for name, file in tensor_files(folder, stem).items() if not name.endswith(ignored)}
@@ -43,7 +45,10 @@ def read_tensors(
     opened = {file: open_safetensors(file, device) for file in sorted(set(files.values()))}
     for name, file in files.items():
         check_tensor(name, file, opened[file], shapes[name])
-    return {name: opened[file].get_tensor(name) for name, file in files.items()}
+    # One after the other: there are never two copies of the whole model.
+    tensors = {name: opened[file].get_tensor(name).to(dtype=dtype) for name, file in files.items()}
+    require_finite(tensors, files)
+    return tensors
 
 
 def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
@@ -56,6 +61,8 @@ def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index} has no 'weight_map' from tensor names to file names.")
+    if strays := sorted({file for file in weight_map.values() if Path(file).name != file}):
+        raise InputError(f"{index} names files that are not in its folder: {first_few(strays)}.")
     absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
     if absent:
         raise InputError(f"{index} names files that are not there: {first_few(absent)}. Download them again.")
@@ -95,6 +102,19 @@ def check_tensor(name: str, file: Path, opened: safe_open, shape: tuple[int, ...
         raise InputError(f"{file}: {name} is stored as {stored.get_dtype()}; quantised weights are not supported.")
 
 
+def check_tied(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """InputError where config.json says the output layer is the embedding, and the file holds another one."""
+    head = tensors.get("lm_head.weight")
+    if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
+        raise InputError(
+            f"{folder}: config.json ties lm_head.weight to model.embed_tokens.weight, but the file holds two different "
+            "tensors. Set tie_word_embeddings to false if both are meant."
+        )
+
+
 def stored_dtype(folder: Path, name: str) -> torch.dtype:
-    """The dtype a tensor has in the file."""
-    return open_safetensors(tensor_files(folder, "model")[name]).get_tensor(name).dtype
+    """The dtype a tensor has in the file. InputError if there is no such tensor."""
+    files = tensor_files(folder, "model")
+    if name not in files:
+        raise InputError(f"{folder} has no tensor {name}.")
+    return open_safetensors(files[name]).get_tensor(name).dtype

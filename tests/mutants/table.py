@@ -310,13 +310,13 @@ LORA = [
         "lora.load",
         (
             "scale α in place of α / r",
-            '(math.sqrt(rank) if options.get("use_rslora") else rank)',
+            '(math.sqrt(rank) if flag(path, options, "use_rslora") else rank)',
             "1",
             checks.reading("other alpha"),
         ),
         (
             "scale α / r where α / √r is meant",
-            'math.sqrt(rank) if options.get("use_rslora") else rank',
+            'math.sqrt(rank) if flag(path, options, "use_rslora") else rank',
             "rank",
             checks.reading("rslora"),
         ),
