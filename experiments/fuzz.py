@@ -127,9 +127,9 @@ VALUES = [
 WHERE = ["", "/dev/null", "/dev/null/x", "rows-d.jsonl", "base-m", "x" * 300, "a\nb", "\x1b[31mred", "caf\udce9"]
 
 
-def draw_option(verb: str, random: Random) -> tuple[str, str]:
+def draw_option(command: str, random: Random) -> tuple[str, str]:
     """An option of the command and a value for it; none that would rightly take for ever, or write elsewhere."""
-    options = [each for each in fields(COMMANDS[verb][0]) if "bool" not in str(each.type) and each.name != "epochs"]
+    options = [each for each in fields(COMMANDS[command][0]) if "bool" not in str(each.type) and each.name != "epochs"]
     name = random.choice(options).name
     values = WHERE if name == "out" else VALUES
     if name == "max_new_tokens":

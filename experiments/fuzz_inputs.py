@@ -36,7 +36,7 @@ BY_MODEL = [
     ["merge", *MODEL, *BARE],
 ]  # fmt: skip
 BY_SHARDS = [["generate", *SHARDS], ["merge", *SHARDS, *BARE]]
-BY_ADAPTER = [[verb, *MODEL, *OWN] for verb in ("train", "eval", "choices", "generate", "merge")]
+BY_ADAPTER = [[command, *MODEL, *OWN] for command in ("train", "eval", "choices", "generate", "merge")]
 BY_RESUMING = [["resume", *MODEL]]
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lfu_config.json")

@@ -5,7 +5,6 @@ So a run that is continued from one is the run that was never interrupted. Read 
 
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lfu import lora
 from lfu.errors import InputError, option_name, quote
-from lfu.io.files import new_folder, read_json, sha256, write_json, write_tensors
+from lfu.io.files import new_folder, read_json, remove_leftovers, sha256, write_json, write_tensors
 from lfu.io.huggingface import is_same_model
 from lfu.io.tensors import read_all_tensors
 from lfu.model import Config
@@ -114,10 +113,9 @@ def prune_checkpoints(out: Path, count: int) -> None:
 
 
 def sweep(out: Path) -> None:
-    """Remove what interrupted writes left in a run's folder. What cannot be removed does no harm."""
-    for left in [*out.glob("*.tmp"), *(out / "checkpoints").glob("*.tmp")]:
-        if re.fullmatch(r".+\.\d+(\.old)?\.tmp", left.name):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    """Remove what interrupted writes left in a run's folder, which this process alone writes into."""
+    for folder in (out, out / "checkpoints"):
+        remove_leftovers(folder, alone=True)
 
 
 # --- reading --------------------------------------------------------------------------------------

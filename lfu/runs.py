@@ -36,6 +36,7 @@ from lfu.checkpoints import (
     checkpoint_folder,
     deciding,
     describe_changes,
+    prune_checkpoints,
     restore,
     save,
     save_adapter,
@@ -46,7 +47,7 @@ from lfu.data.batches import Example
 from lfu.distributed import rank_and_world_size
 from lfu.errors import InputError
 from lfu.evaluation.nll import answer_nll
-from lfu.io.files import new_folder, read_json, write_json, write_text
+from lfu.io.files import named, new_folder, read_json, write_json, write_text
 from lfu.lora import Adapter, Lora
 from lfu.model import Config, Params
 from lfu.schedule import Settings, steps_per_epoch, total_steps
@@ -101,6 +102,7 @@ def start(run: Run, config: Config, resume: bool, first: bool) -> int:
     if rank_and_world_size()[1] > 1:
         require_same_start(start_step, run.record)
     if first:
+        prune_checkpoints(run.out, run.keep)  # where a run was killed before it could
         truncate_log(run.out / "log.jsonl", start_step)
         run.history[:] = read_history(run.out / "log.jsonl")
     return start_step
@@ -169,7 +171,6 @@ def holder(descriptor: int) -> str:
 def open_folder(out: Path, record: dict[str, Any], resume: bool) -> None:
     """Write settings.json into a folder where nothing else is, or, to resume, check that it holds this very run."""
     check_folder(out, record, resume)
-    sweep(out)
     if not resume:
         write_json(out / "settings.json", record)
 
@@ -210,8 +211,9 @@ def log_and_save(run: Run, steps: Iterator[StepMetrics], start_step: int, last: 
         clock = time.perf_counter()
         for metrics in save_on_failure(run, steps, start_step):
             line = log_line(metrics, time.perf_counter() - clock)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            with named(path):
+                log.write(json.dumps(line) + "\n")
+                log.flush()
             show(bar, line)
             if run.average is not None and run.decay is not None and metrics.step > 0:
                 update_ema(run.average, run.adapter[0], run.decay)
@@ -227,6 +229,7 @@ def log_and_save(run: Run, steps: Iterator[StepMetrics], start_step: int, last: 
     if done > saved:  # out of patience
         save(run, done)
     save_adapters(run)
+    sweep(run.out)
     print_end(run, done)
 
 

@@ -14,8 +14,8 @@ from lfu.cli import main, parser
 MINI = Path(__file__).parents[1] / "weights" / "mini"
 
 
-def lfu(verb: str, **options: Any) -> int:
-    return main([verb, *flags(**options)])
+def lfu(command: str, **options: Any) -> int:
+    return main([command, *flags(**options)])
 
 
 def flags(**options: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command: what each verb does from its options to its files, and how it says no.
+"""The command: what each command does from its options to its files, and how it says no.
 
 What works is compared with transformers and peft. What does not work ends in one sentence, with status 2 and nothing
 half written.
@@ -90,21 +90,21 @@ def adapter(run: Path) -> Path:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def test_no_verb_is_left_out_here() -> None:
+def test_no_command_is_left_out_here() -> None:
     assert REQUIRED.keys() == COMMANDS.keys()
 
 
-@pytest.mark.parametrize("verb", REQUIRED)
+@pytest.mark.parametrize("command", REQUIRED)
 def test_help_explains_every_option(
-    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "500")  # argparse breaks lines at hyphens too
     with pytest.raises(SystemExit) as end:
-        main([verb, "--help"])
+        main([command, "--help"])
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for each in fields(COMMANDS[verb][0]):
-        (action,) = (action for action in subcommands()[verb]._actions if action.dest == each.name)
+    for each in fields(COMMANDS[command][0]):
+        (action,) = (action for action in subcommands()[command]._actions if action.dest == each.name)
         assert len(each.metadata["help"].split()) > 1
         assert (action.option_strings or [each.name])[0] in shown
         assert " ".join(each.metadata["help"].split()) in shown
@@ -119,23 +119,23 @@ def typed(kind: type, options: dict[str, Any]) -> list[str]:
     return [*first, *flags(**{name: value for name, value in options.items() if name not in bare})]
 
 
-@pytest.mark.parametrize("verb", REQUIRED)
-def test_the_command_line_is_the_options_object(verb: str) -> None:
-    kind = COMMANDS[verb][0]
-    parsed = vars(parser().parse_args([verb, *typed(kind, REQUIRED[verb])]))
-    assert parsed.pop("command") == verb
-    assert kind(**parsed) == kind(**REQUIRED[verb])
-    assert {each.name for each in fields(kind) if each.default is MISSING} == set(REQUIRED[verb])
+@pytest.mark.parametrize("command", REQUIRED)
+def test_the_command_line_is_the_options_object(command: str) -> None:
+    kind = COMMANDS[command][0]
+    parsed = vars(parser().parse_args([command, *typed(kind, REQUIRED[command])]))
+    assert parsed.pop("command") == command
+    assert kind(**parsed) == kind(**REQUIRED[command])
+    assert {each.name for each in fields(kind) if each.default is MISSING} == set(REQUIRED[command])
 
 
-@pytest.mark.parametrize("verb", REQUIRED)
-def test_missing_options_are_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", REQUIRED)
+def test_missing_options_are_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main([verb])
+        main([command])
     assert end.value.code == 2
     missing = capsys.readouterr().err.split("required: ")[1].strip()
-    bare = [each.name for each in fields(COMMANDS[verb][0]) if each.metadata.get("positional")]
-    assert missing.split(", ") == [name if name in bare else f"--{name}" for name in REQUIRED[verb]]
+    bare = [each.name for each in fields(COMMANDS[command][0]) if each.metadata.get("positional")]
+    assert missing.split(", ") == [name if name in bare else f"--{name}" for name in REQUIRED[command]]
 
 
 def test_the_defaults_are_those_of_the_functions() -> None:
@@ -722,28 +722,28 @@ def test_an_empty_adapter_is_not_none(data: Path) -> None:
         cli.evaluate(EvalOptions(model=str(MINI), data=str(data), adapter=""))
 
 
-@pytest.mark.parametrize("verb", ["eval", "generate", "merge"])
+@pytest.mark.parametrize("command", ["eval", "generate", "merge"])
 def test_an_adapter_of_another_model_is_refused(
-    verb: str, tiny: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, tiny: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = {"eval": {"data": data}, "generate": {"question": QUESTION}, "merge": {}}[verb]
-    out = None if verb == "generate" else tmp_path / "out"
-    assert lfu(verb, model=MINI, adapter=tiny[1], out=out, **own) == 2
+    own = {"eval": {"data": data}, "generate": {"question": QUESTION}, "merge": {}}[command]
+    out = None if command == "generate" else tmp_path / "out"
+    assert lfu(command, model=MINI, adapter=tiny[1], out=out, **own) == 2
     assert re.search(r"lacks 14 tensors that its configuration implies: \S+layers\.3\.", refusal(capsys))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("verb", ["eval", "generate", "merge"])
+@pytest.mark.parametrize("command", ["eval", "generate", "merge"])
 def test_an_adapter_of_other_weights_is_refused(
-    verb: str, adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A sibling of the same shape, such as the instruction-tuned model, would run and answer nonsense."""
     sibling = tmp_path / "sibling"
     shutil.copytree(MINI, sibling, ignore=shutil.ignore_patterns("*.jsonl"))
     tensors = load_file(sibling / "model.safetensors")
     save_file(tensors | {"model.norm.weight": 2 * tensors["model.norm.weight"]}, sibling / "model.safetensors")
-    own = {"eval": {"data": data}, "generate": {"question": QUESTION}, "merge": {"out": tmp_path / "out"}}[verb]
-    assert lfu(verb, model=sibling, adapter=adapter, **own) == 2
+    own = {"eval": {"data": data}, "generate": {"question": QUESTION}, "merge": {"out": tmp_path / "out"}}[command]
+    assert lfu(command, model=sibling, adapter=adapter, **own) == 2
     assert re.search(r"was trained on .*mini, whose files differ from those of .*sibling", refusal(capsys))
     assert not (tmp_path / "out").exists()
 
@@ -904,13 +904,13 @@ def test_the_expected_peak_is_the_peak(
     assert 0.8 < float(told[1]) * 2**20 / max(peaks) < 1.2
 
 
-@pytest.mark.parametrize("verb", ["eval", "merge"])
+@pytest.mark.parametrize("command", ["eval", "merge"])
 def test_what_exists_is_not_overwritten(
-    verb: str, adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     out.write_text("old")
-    assert lfu(verb, model=MINI, adapter=adapter, out=out, data=data if verb == "eval" else None) == 2
+    assert lfu(command, model=MINI, adapter=adapter, out=out, data=data if command == "eval" else None) == 2
     assert re.match(rf"{out} exists already; .*[Cc]hoose another --out\.", refusal(capsys))
     assert out.read_text() == "old"
 

@@ -38,11 +38,11 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 def unknown_options(text: str) -> list[str]:
-    """What a page types after `lfu VERB`, within one command, and the verb does not take."""
-    verbs = subcommands()
+    """What a page types after `lfu COMMAND`, on one line, and the command does not take."""
+    parsers = subcommands()
     commands = re.findall(r"\blfu(?:\.cli)? (\w+)\s(--[^`|;#\n]*)", re.sub(r"\\\n\s*", "", text))
-    options = [(verb, option) for verb, rest in commands for option in re.findall(r"--[a-z][a-z-]*", rest)]
-    return [f"{verb} {option}" for verb, option in options if option not in verbs[verb]._option_string_actions]
+    options = [(name, option) for name, rest in commands for option in re.findall(r"--[a-z][a-z-]*", rest)]
+    return [f"{name} {option}" for name, option in options if option not in parsers[name]._option_string_actions]
 
 
 @page
@@ -51,10 +51,10 @@ def test_commands_have_these_options(page: Path) -> None:
 
 
 def test_every_option_that_the_readme_names_is_one() -> None:
-    """Also in its tables and sentences, where no verb stands in front."""
+    """Also in its tables and sentences, where no command stands in front."""
     # Of pip, torchrun, the experiments and lm_eval.
     others = {"--index-url", "--nproc-per-node", "--quick", "--rows", "--tasks"}
-    known = others.union(*(verb._option_string_actions for verb in subcommands().values()))
+    known = others.union(*(each._option_string_actions for each in subcommands().values()))
     assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - known
 
 

@@ -16,6 +16,7 @@ from lfu.cli.options import (
     PromptSetup,
     RowsOptions,
     check_writable,
+    describe_positions,
     encode_question,
     load_model,
     load_prompt_setup,
@@ -30,7 +31,7 @@ from lfu.evaluation import generative as evaluating
 from lfu.evaluation import loglikelihood as likelihoods
 from lfu.evaluation.estimates import Estimate, accuracy
 from lfu.evaluation.nll import Likelihood, answer_nll
-from lfu.io.files import read_json, sha256, write_json, write_text
+from lfu.io.files import named, read_json, sha256, write_json, write_text
 from lfu.io.huggingface import fingerprint
 
 
@@ -195,7 +196,7 @@ def require_usable(options: EvalOptions, setup: PromptSetup, row: Row) -> None:
     if measures_likelihood(options):
         length = len(encode_row(setup.tokenizer, setup.format, row).tokens)
         if setup.positions is not None and length > setup.positions:
-            raise InputError(f"{length} tokens are more than the model's max_position_embeddings, {setup.positions}.")
+            raise InputError(f"{length} tokens are more than {describe_positions(setup)}.")
 
 
 def build_prompts(options: EvalOptions, setup: PromptSetup, rows: list[Row]) -> tuple[list[list[int]], Sequence[str]]:
@@ -332,8 +333,9 @@ def predictions(options: EvalOptions, setup: PromptSetup) -> Iterator[Callable[[
     with open(options.out, "a", encoding="utf-8") as file:
 
         def write(row: Row, found: dict[str, Any]) -> None:
-            file.write(json_line(row.fields | {"row": row.number} | found))
-            file.flush()
+            with named(Path(options.out or "")):
+                file.write(json_line(row.fields | {"row": row.number} | found))
+                file.flush()
 
         yield write
     unfinished(options.out).unlink()

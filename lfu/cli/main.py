@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from io import TextIOWrapper
 from typing import Any
@@ -50,17 +51,29 @@ def main(arguments: list[str] | None = None) -> int:
         require_usable(parsed)
         run(options(**parsed))
     except (InputError, FloatingPointError, OSError) as error:
-        print(f"lfu: {error}", file=sys.stderr)
+        say(str(error))
         return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        print(f"lfu: {str(error) or 'Out of memory.'} What helps: {memory_advice(options(**parsed))}.", file=sys.stderr)
+        say(f"{str(error) or 'Out of memory.'} What helps: {memory_advice(options(**parsed))}.")
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"lfu: {str(interrupt) or 'Interrupted.'}", file=sys.stderr)
+        say(str(interrupt) or "Interrupted.")
         return 130
     return 0
+
+
+LONGEST = 480
+"""Characters of a message."""
+
+
+def say(message: str) -> None:
+    """Print one sentence. What it quotes of names and libraries cannot act on the terminal, nor fill it."""
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
+    cut = shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 2 :]}"
+    with suppress(OSError):  # nobody is there to read it
+        print(f"lfu: {cut}", file=sys.stderr)
 
 
 def require_usable(parsed: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the verbs share: options that are also command-line options, and a model that can be asked.
+"""What the commands share: options that are also command-line options, and a model that can be asked.
 
 An options object is a frozen dataclass; each field says, through `option`, how it is typed and explained on the command
 line (`main.py`). Read next: `train.py`.
@@ -29,7 +29,7 @@ from lfu.data.tokens import (
 )
 from lfu.errors import InputError, option_name, quote
 from lfu.io.config import Config, read_config
-from lfu.io.files import read_json
+from lfu.io.files import read_optional_json
 from lfu.io.huggingface import fingerprint, is_same_model, resolve_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -73,7 +73,7 @@ def check_writable(out: str | Path) -> None:
         raise InputError(f"{out} cannot be written: {first} is not a folder that may be written in.")
 
 
-# --- what several verbs read ----------------------------------------------------------------------
+# --- what several commands read ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +160,14 @@ def encode_question(setup: PromptSetup, question: str, max_new_tokens: int) -> l
         raise InputError("the question is empty, and neither template nor BOS puts a token before an answer.")
     if room is not None and len(prompt) + max_new_tokens > room:
         raise InputError(
-            f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's "
-            f"max_position_embeddings, {room}. Give a lower --max-new-tokens, or a shorter question."
+            f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones are more than "
+            f"{describe_positions(setup)}. Give a lower --max-new-tokens, or a shorter question."
         )
     return prompt
+
+
+def describe_positions(setup: PromptSetup) -> str:
+    return f"the model's max_position_embeddings, {setup.positions} ({setup.folder / 'config.json'})"
 
 
 def load_model(options: InferenceOptions, setup: PromptSetup) -> LoadedModel:
@@ -179,11 +183,8 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
     if (adapter / "adapter" / "adapter_config.json").is_file() and not (adapter / "adapter_config.json").is_file():
         raise InputError(f"{adapter} is the folder of a run: give {adapter / 'adapter'}.")
     path = adapter / "lfu_config.json"
-    if not path.is_file():
-        return Format()
-    settings = read_json(path)
-    needed = {"template", "bos", "model_fingerprint"}
-    if not needed & set(settings):  # of a run without the command, which nobody told
+    settings, needed = read_optional_json(path), {"template", "bos", "model_fingerprint"}
+    if not needed & set(settings):  # of another program, or of a run that nobody told
         return Format()
     if not needed <= set(settings):
         raise InputError(f"{path} must name the template, the bos and the model_fingerprint of the training.")
@@ -201,7 +202,7 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
 def recorded_tokens(adapter: Path) -> dict[str, Any]:
     """The special tokens of an adapter's training; empty where version 0.1.0, or another program, recorded none."""
     path = adapter / "lfu_config.json"
-    tokens = read_json(path).get("tokens", {}) if path.is_file() else {}
+    tokens = read_optional_json(path).get("tokens", {})
     if not isinstance(tokens, dict):
         raise InputError(f"{path}: tokens must be a JSON object, not {quote(tokens)}.")
     return tokens

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lfu.errors import InputError, quote
-from lfu.io.files import first_few
+from lfu.io.files import first_few, named
 
 # --- layouts --------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ def read_rows(path: str | Path, layout: Layout = columns) -> list[Row]:
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with named(path), path.open(encoding="utf-8-sig") as file:
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}.") from error

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from lfu.data.batches import Example
 from lfu.data.rows import Row, with_line_number
 from lfu.errors import InputError, quote
-from lfu.io.files import read_json
+from lfu.io.files import read_json, read_optional_json
 
 
 class Template(NamedTuple):
@@ -222,7 +222,7 @@ def eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
     if text is not None and found == [None]:
         raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token {quote(text)} is not in tokenizer.json.")
     for name in ("generation_config.json", "config.json"):
-        declared = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        declared = read_optional_json(folder / name).get("eos_token_id")
         found += declared if isinstance(declared, list) else [declared]
     return [token for place, token in enumerate(found) if token is not None and token not in found[:place]]
 
@@ -238,8 +238,7 @@ def special_token(folder: Path, name: str) -> str | None:
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, which a folder need not have."""
-    path = folder / "tokenizer_config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_optional_json(folder / "tokenizer_config.json")
 
 
 def longest_context(folder: Path) -> int | None:

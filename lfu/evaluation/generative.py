@@ -19,7 +19,7 @@ import numpy as np
 from lfu.data.rows import Layout, Row, columns, read_rows
 from lfu.data.tokens import ModelTokenizer, text_ids
 from lfu.errors import InputError, quote
-from lfu.io.files import read_json
+from lfu.io.files import read_optional_json
 
 # --- exact match -----------------------------------------------------------------------------------
 
@@ -208,8 +208,7 @@ that do not."""
 
 def ignored_settings(folder: Path) -> list[str]:
     """What generation_config.json asks for that the harness obeys, and greedy decoding here does not."""
-    path = folder / "generation_config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_optional_json(folder / "generation_config.json")
     return [name for name, neutral in UNLIKE.items() if config.get(name) not in (None, neutral)]
 
 

@@ -7,9 +7,10 @@ is resumed after a power cut) never sees half of anything. Read next: `tensors.p
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,29 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} does not exist.")
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        with named(path):
+            value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}.")
     return value
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, or an empty one where nothing has that name; else as `read_json`."""
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError of the system that names no file names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def parse_json(text: str) -> Any:
@@ -63,8 +81,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent, target.name)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -94,9 +112,11 @@ def replace_folder(new: Path, target: Path) -> None:
 def write_text(target: Path, text: str) -> None:
     """Write a text file that appears whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent, target.name)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with named(temporary):
+            temporary.write_text(text, encoding="utf-8")
         fsync(temporary)
         temporary.replace(target)
         fsync(target.parent)
@@ -133,6 +153,34 @@ def require_finite(tensors: Mapping[str, Tensor], files: Mapping[str, Path | str
             raise InputError(f"{files[name]}: {escape(name)} holds values that are not finite (NaN or infinite).")
 
 
+def remove_leftovers(folder: Path, name: str = "", *, alone: bool = False) -> None:
+    """Remove what writes that were cut off left of a target, or of all. What cannot be removed does no harm.
+
+    Those of living processes stay, but for whoever is `alone` in the folder.
+    """
+    for left in folder.iterdir() if folder.is_dir() else ():
+        found = LEFTOVER.fullmatch(left.name)
+        if found and name in ("", found[1]) and (alone or not is_alive(int(found[2]))):
+            shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError):
+                left.unlink()
+
+
+LEFTOVER = re.compile(r"(.+)\.(\d+)(?:\.old)?\.tmp")
+"""A target's name, and the process that was writing it."""
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is another process of this number; one that is over, or this very one, writes no more."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
 def fsync(path: Path) -> None:
     """Ask the system to put a file, or a folder's list of names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -145,7 +193,7 @@ def fsync(path: Path) -> None:
 def sha256(path: Path) -> str:
     """The checksum of a file; safetensors itself has none."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
         for part in iter(partial(file.read, 2**20), b""):
             digest.update(part)
     return digest.hexdigest()
