@@ -1,21 +1,20 @@
 """LfU for the causal language models of transformers, with LoRA by PEFT: a mixin for Trainer, or TRL's SFTTrainer.
 
     class LfuTrainer(LfuMixin, Trainer): ...
-
     model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", dtype=torch.bfloat16)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     trainer = LfuTrainer(model, TrainingArguments("out"), train_dataset=rows, variant="lora", alpha=0.1, lam=5.0)
     trainer.train()  # rows: {"input_ids", "attention_mask", "labels"}, labels -100 where there is no loss
     model.save_pretrained("out/adapter")
 
-The step is `lfu.train.lfu_gradient`, Eqs. 2 to 6 of the paper. The Trainer's own step gives the SFT loss and its
-gradient. The auxiliary component, a fresh LoRA or steering vectors, starts as a no-op, so the same backward pass gives
-the direction of its ascent. A second forward and backward pass adds the gradient of the consistency loss. The auxiliary
-component lives in forward hooks for as long as the step: no optimizer and no adapter file knows of it.
+The step is `lfu.train.lfu_gradient`, Eqs. 2 to 6. The auxiliary component, a fresh LoRA or steering vectors, starts as
+a no-op, so the Trainer's own backward pass of the SFT loss also gives its direction of ascent; a second forward and
+backward pass adds the gradient of the consistency loss. It acts through hooks: no optimizer, no adapter file knows it.
 
 The perturbed states differ from the clean ones by less than bfloat16 can tell. So for the step the residual stream is
 float32 whatever the weights are, and of a frozen linear layer the second pass computes only the difference, as in
-`lfu.model.relative_to`. Autocast would undo this, so it is refused. Quantised layers are left alone, and so rounded.
+`lfu.model.relative_to`. Autocast would undo this, so it is refused; quantised layers are left alone, and so rounded;
+and a model with `nn.LayerNorm` (Phi), which takes one dtype only, has to be loaded in float32.
 """
 
 import math
@@ -37,8 +36,7 @@ Aux = list[tuple[Tensor, nn.Module, Callable[..., Tensor]]]
 class LfuMixin:
     """Goes before the Trainer in the list of bases. `variant` is "lora" (Algorithm 1) or "reps" (Algorithm 2).
 
-    Logs "consistency" and "ascent_norm" beside "loss", which is the SFT loss. ValueError where there is no LoRA, and
-    with autocast. For one process or DDP; DeepSpeed and FSDP have not been tried.
+    Logs "consistency" and "ascent_norm" beside "loss", which is the SFT loss. DeepSpeed and FSDP have not been tried.
     """
 
     def __init__(self, *args: Any, variant: str = "lora", alpha: float = 0.1, lam: float = 5.0, **kwargs: Any) -> None:
@@ -79,8 +77,7 @@ class LfuMixin:
         return processes * mask.sum() / num_items_in_batch
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self.sums:
-            weight = self.sums.pop("weight")
+        if "loss" in logs and (weight := self.sums.pop("weight", 0)):
             logs |= {name: float(value / weight) for name, value in self.sums.items()}
             self.sums = {}
         super().log(logs, *args, **kwargs)
@@ -127,10 +124,7 @@ def stepping(model: nn.Module, aux: Aux, mask: Tensor) -> Iterator[dict[nn.Modul
     def keep(block: nn.Module, _: Any, h: Tensor) -> None:
         states.setdefault(block, h[positions])  # not again where checkpointing recomputes the block
 
-    def widen(_: nn.Module, args: Any, x: Tensor) -> Tensor:
-        return x.to(torch.promote_types(x.dtype, torch.float32))
-
-    hooks = [(module, widen) for module in model.modules() if isinstance(module, nn.Embedding)]
+    hooks = [(module, lambda _, args, x: x.float()) for module in model.modules() if isinstance(module, nn.Embedding)]
     hooks += [(module, act) for _, module, act in aux] + [(block, keep) for block in blocks(model)]
     with ExitStack() as undo:
         head = model.get_output_embeddings()
