@@ -11,10 +11,10 @@ The step is `lfu.train.lfu_gradient`, Eqs. 2 to 6. The auxiliary component, a fr
 a no-op, so the Trainer's own backward pass of the SFT loss also gives its direction of ascent; a second forward and
 backward pass adds the gradient of the consistency loss. It acts through hooks: no optimizer, no adapter file knows it.
 
-The perturbed states differ from the clean ones by less than bfloat16 can tell. So for the step the residual stream is
-float32 whatever the weights are, and of a frozen linear layer the second pass computes only the difference, as in
-`lfu.model.relative_to`. Autocast would undo this, so it is refused; quantised layers are left alone, and so rounded;
-and a model with `nn.LayerNorm` (Phi), which takes one dtype only, has to be loaded in float32.
+The perturbed states differ from the clean ones by less than bfloat16 can tell: with α = 0.001 the consistency gradient
+of SmolLM2 would have a cosine of 0.09 with that of float64. So for the step the residual stream is float32, and of a
+frozen linear layer the second pass computes the difference only, as in `lfu.model.relative_to`: 0.9997. Autocast would
+undo this: it is refused. Quantised layers stay rounded; `nn.LayerNorm` (Phi) and experts need a model in float32.
 """
 
 import math
