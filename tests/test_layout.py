@@ -6,7 +6,7 @@ from pathlib import Path
 
 LFU = Path(__file__).parents[1] / "lfu"
 ROOMS = [
-    "errors", "io", "distributed", "data", "model", "lora", "steering", "loss", "remat", "schedule", "train",
+    "errors", "io", "distributed", "data", "half", "model", "lora", "steering", "loss", "remat", "schedule", "train",
     "generate", "baselines", "methods", "evaluation", "profiling", "runs", "cli", "__init__",
 ]  # fmt: skip
 """From the ground up. A room may import itself and those before it."""
