@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lfu.half import ScaledLinear
 from lfu.io.config import MODULES, Config, layer_shapes, read_config, tensor_shapes
 from lfu.io.huggingface import resolve_model
 from lfu.io.tensors import check_tied, read_tensors, stored_dtype
@@ -225,13 +226,14 @@ def relative_to(record: Record) -> Product:
     """Difference-exact products: W x = y₀ + W (x - x₀), where y₀ = W x₀ was recorded.
 
     The perturbed representations differ from the clean ones by far less than their size. Rounding both to bfloat16
-    would leave noise where their difference is the loss; here only the difference itself is rounded. Each entry is
-    used once and dropped, so that memory falls as the pass goes.
+    would leave noise where their difference is the loss; here only the difference itself is rounded, and for float16
+    scaled (`half.py`). Each entry is used once and dropped, so that memory falls as the pass goes.
     """
 
     def product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
         x0, y0 = record.pop((layer, name))
-        return y0.to(x.dtype) + F.linear((x - x0).to(W.dtype), W).to(x.dtype)
+        linear = ScaledLinear.apply if W.dtype == torch.float16 else frozen_linear
+        return y0.to(x.dtype) + linear(x - x0, W)
 
     return product
 

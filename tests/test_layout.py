@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [
-    "errors", "io", "distributed", "data", "model", "lora", "steering", "loss", "remat", "schedule", "train",
+    "errors", "io", "distributed", "data", "half", "model", "lora", "steering", "loss", "remat", "schedule", "train",
     "generate", "baselines", "methods", "evaluation", "profiling", "validation", "checkpoints", "runs", "cli",
     "__init__",
 ]  # fmt: skip

@@ -214,12 +214,12 @@ MODEL = [
     *mistakes_in(
         "model.relative_to",
         ("recorded product forgotten", "y0.to(x.dtype) + ", "", checks.RELATIVE),
-        ("recorded input forgotten", "(x - x0)", "x", checks.RELATIVE),
+        ("recorded input forgotten", "linear(x - x0, W)", "linear(x, W)", checks.RELATIVE),
         ("record of the first block", "record.pop((layer, name))", "record[0, name]", checks.RELATIVE),
         (
             "both passes rounded",
-            "y0.to(x.dtype) + F.linear((x - x0).to(W.dtype), W).to(x.dtype)",
-            "F.linear(x.to(W.dtype), W).to(x.dtype)",
+            "y0.to(x.dtype) + linear(x - x0, W)",
+            "linear(x, W)",
             checks.bfloat16(*checks.BOTH),
         ),
     ),
