@@ -717,6 +717,13 @@ def test_an_unset_shell_variable_is_no_path(name: str, data: Path, capsys: pytes
     assert refusal(capsys) == f"--{name} is empty, as if from an unset shell variable: give a path."
 
 
+def test_float16_is_not_compiled(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"model": MINI, "data": data, "out": tmp_path / "run", "dtype": "float16", "compile": True}
+    assert lfu("train", **options) == 2
+    assert refusal(capsys).startswith("--compile does not work in float16: leave it out")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_adapter_is_not_none(data: Path) -> None:
     with pytest.raises(InputError, match=r"adapter_config\.json does not exist"):
         cli.evaluate(EvalOptions(model=str(MINI), data=str(data), adapter=""))

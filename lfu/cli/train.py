@@ -176,6 +176,8 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
         remat=options.remat, compile=options.compile,
     )  # fmt: skip
     start, dtype = initial_adapter(options, folder, config), choose_dtype(options.dtype, folder, device)
+    if options.compile and dtype == torch.float16:  # the compiler loses the backward pass of `half.ScaledLinear`
+        raise InputError("--compile does not work in float16: leave it out, or give --dtype bfloat16 or float32.")
     chosen |= {"dtype": str(dtype).removeprefix("torch."), "bos": options.bos is not False, "tokens": tokens}
     record = record_run(options, folder, chosen)
     return Plan(folder, config, schedule, examples, validation, method, start, dtype, record)
