@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lfu import lora
 from lfu.errors import InputError, option_name, quote
-from lfu.io.files import new_folder, read_json, remove_leftovers, sha256, write_json, write_tensors
+from lfu.io.files import new_folder, read_json, remove_leftovers, require_finite, sha256, write_json, write_tensors
 from lfu.io.huggingface import is_same_model
 from lfu.io.tensors import read_all_tensors
 from lfu.model import Config
@@ -155,24 +155,25 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
                 f"{folder / name} is damaged: its checksum is not the one in state.json. Remove {folder} to continue "
                 "from the checkpoint before it, or from the start."
             )
+    tensors = read_all_tensors(folder / OPTIMIZER)
+    require_moments(folder / OPTIMIZER, optimizer, tensors)
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in read_all_tensors(folder / OPTIMIZER).items():
+    for key, value in tensors.items():
         index, name = key.split(".")
         moments.setdefault(int(index), {})[name] = value
-    require_moments(folder, optimizer, moments)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     return step
 
 
-def require_moments(folder: Path, optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Tensor]]) -> None:
-    """InputError unless there are both moments of every parameter: without them they would begin anew in silence."""
-    parameters = optimizer.param_groups[0]["params"]
-    expected = {
-        (index, name): each.shape for index, each in enumerate(parameters) for name in ("exp_avg", "exp_avg_sq")
-    }
-    found = {(index, name): moments.get(index, {}).get(name, torch.empty(0)).shape for index, name in expected}
-    if found != expected:
-        raise InputError(f"{folder / OPTIMIZER} does not hold the moments of this adapter: remove {folder}.")
+def require_moments(file: Path, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """InputError unless a file holds both moments of every parameter: what is missing would begin anew in silence."""
+    expected: dict[str, torch.Size] = {}
+    for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        moments = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size()}
+        expected |= {f"{index}.{name}": shape for name, shape in moments.items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+        raise InputError(f"{file} does not hold the moments of this adapter: remove {file.parent}.")
+    require_finite(tensors, dict.fromkeys(tensors, file))
 
 
 def copy_adapter(folder: Path, config: Config, task: lora.Lora) -> None:

@@ -187,10 +187,9 @@ def check_folder(out: Path, record: dict[str, Any], resume: bool, assumed: dict[
         return
     if not (out / "settings.json").is_file():
         raise InputError(f"{out / 'settings.json'} does not exist: there is no run to continue. Leave out --resume.")
-    if (out / "checkpoints").is_symlink():
-        raise InputError(
-            f"{out / 'checkpoints'} is a link: a run that is resumed writes and removes in its own folder."
-        )
+    for name in ("checkpoints", "log.jsonl"):
+        if (out / name).is_symlink():
+            raise InputError(f"{out / name} is a link: a run writes and removes in its own folder alone.")
     before = (record if assumed is None else assumed) | read_json(out / "settings.json")
     if changed := describe_changes(before, deciding(record)):
         raise InputError(f"{out} holds another run: {changed}. Give the same settings, or another --out.")

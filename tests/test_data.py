@@ -83,7 +83,7 @@ def load(tmp_path: Path) -> Callable[..., ModelTokenizer]:
 def small_model_tokenizer(*, bos: bool = True) -> ModelTokenizer:
     """The same without a folder."""
     made = small_tokenizer(bos=bos)
-    return ModelTokenizer(made, made, bos_ids(made), EOS, frozenset({EOS}), VOCABULARY)
+    return ModelTokenizer(made, made, bos_ids(made), EOS, frozenset({EOS}), VOCABULARY, Path("tokenizer.json"))
 
 
 def spelled(tokenizer: ModelTokenizer, ids: list[int]) -> list[str]:

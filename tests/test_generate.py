@@ -38,7 +38,9 @@ def spelled(tokens: Sequence[int]) -> str:
 def tokenizer(stops: Collection[int] = ()) -> ModelTokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={spelled([token]): token for token in range(VOCABULARY)}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
-    return ModelTokenizer(tokenizer, tokenizer, (), max(stops, default=0), frozenset(stops), VOCABULARY)
+    return ModelTokenizer(
+        tokenizer, tokenizer, (), max(stops, default=0), frozenset(stops), VOCABULARY, Path("tokenizer.json")
+    )
 
 
 @pytest.fixture(params=KINDS)

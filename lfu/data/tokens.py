@@ -93,6 +93,7 @@ class ModelTokenizer(NamedTuple):
     eos: int
     stops: frozenset[int]  # every id that ends an answer
     vocab_size: int  # the model's
+    path: Path  # where it was read from
 
 
 # --- the tokenizer of a folder --------------------------------------------------------------------
@@ -123,7 +124,7 @@ def load_tokenizer(folder: Path, vocab_size: int, bos: bool | None = None) -> Mo
     start = choose_bos(folder, backend, start, bos)
     if len(start) > 1 or not all(token < vocab_size for token in start):
         raise InputError(f"{path} puts the tokens {quote(start)} before a text, which are not one BOS of the model.")
-    return ModelTokenizer(backend, inner, start, stops[0], frozenset(stops), vocab_size)
+    return ModelTokenizer(backend, inner, start, stops[0], frozenset(stops), vocab_size, path)
 
 
 @contextmanager
@@ -259,20 +260,20 @@ def describe_tokens(tokenizer: ModelTokenizer) -> dict[str, Any]:
 
 def token_ids(tokenizer: ModelTokenizer, text: str) -> list[int]:
     """The tokens of a text, without special tokens around it."""
-    return encode_text(tokenizer.backend, text, tokenizer.vocab_size)
+    return encode_text(tokenizer.backend, text, tokenizer)
 
 
 def continued_ids(tokenizer: ModelTokenizer, text: str) -> list[int]:
     """The tokens of a text that follows another one."""
-    return encode_text(tokenizer.inner, text, tokenizer.vocab_size)
+    return encode_text(tokenizer.inner, text, tokenizer)
 
 
-def encode_text(backend: Tokenizer, text: str, vocab_size: int) -> list[int]:
+def encode_text(backend: Tokenizer, text: str, tokenizer: ModelTokenizer) -> list[int]:
     """InputError where the tokenizer fails, or finds a token for which the model has no embedding."""
-    with library_errors(f"tokenizer.json fails at the text {quote(text)}"):
+    with library_errors(f"{tokenizer.path} fails at the text {quote(text)}"):
         tokens = backend.encode(text, add_special_tokens=False).ids
-    if tokens and max(tokens) >= vocab_size:
-        raise InputError(f"the text has the token id {max(tokens)}, but the model's vocabulary holds {vocab_size}.")
+    if tokens and max(tokens) >= (size := tokenizer.vocab_size):
+        raise InputError(f"the text has the token id {max(tokens)}, but the model's vocabulary holds {size}.")
     return tokens
 
 

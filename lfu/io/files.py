@@ -62,9 +62,13 @@ def parse_json(text: str) -> Any:
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text, object_pairs_hook=unique)
+        json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds half of a character, {escape(error.object[error.start])}") from error
+    return value
 
 
 def first_few(names: list[str], count: int = 4) -> str:

@@ -80,6 +80,8 @@ def open_safetensors(file: Path, device: str | torch.device = "cpu") -> safe_ope
     """An open safetensors file; InputError if it is truncated or is not one."""
     try:
         return safe_open(file, framework="pt", device=str(device))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error}.") from error
     except SafetensorError as error:
         raise InputError(
             f"{file} is not a complete safetensors file ({error}). It may be a partial download or a Git LFS pointer: "
