@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lfu import generate as generating
-from lfu.cli import main, parser
+from lfu.cli import command_parsers, main, parser
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
 
@@ -30,9 +30,8 @@ def flags(**options: Any) -> list[str]:
     return typed
 
 
-def subcommands() -> dict[str, Any]:
-    (action,) = (action for action in parser()._actions if action.dest == "command")
-    return action.choices
+def subcommands() -> Any:
+    return command_parsers(parser())
 
 
 def environment() -> dict[str, str]:

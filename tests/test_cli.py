@@ -9,6 +9,7 @@ import json
 import math
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from lfu import generate as generating
 from lfu.baselines.sdft import rewrite_answers
 from lfu.checkpoints import checkpoints, prune_checkpoints
 from lfu.cli import DistillOptions, EvalOptions, GenerateOptions, MergeOptions, TrainOptions, main, parser
-from lfu.cli.main import COMMANDS
+from lfu.cli.main import COMMANDS, GROUPS
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer, prompt_ids
 from lfu.errors import InputError
@@ -58,7 +59,7 @@ REQUIRED: dict[str, dict[str, str]] = {
     "generate": {"model": "M", "question": "Q"},
     "merge": {"model": "M", "adapter": "A", "out": "O"},
     "distill": {"model": "M", "data": "D", "out": "O"},
-    "plot": {"runs": ["R", "S"], "out": "O"}, "runs": {"folder": "F"}, "bench": {"model": "M"},
+    "plot": {"runs": ["R", "S"], "out": "O"}, "runs": {"folder": "F"}, "methods": {}, "bench": {"model": "M"},
 }  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def test_the_command_line_is_the_options_object(command: str) -> None:
     assert {each.name for each in fields(kind) if each.default is MISSING} == set(REQUIRED[command])
 
 
-@pytest.mark.parametrize("command", REQUIRED)
+@pytest.mark.parametrize("command", [name for name, needed in REQUIRED.items() if needed])
 def test_missing_options_are_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command])
@@ -177,6 +178,92 @@ def test_what_cannot_be_typed(typed: list[str], sentence: str, capsys: pytest.Ca
         main(typed)
     assert end.value.code == 2
     assert re.search(sentence, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        (["train", "--method", "lfu_lora"], "; did you mean lfu-lora?"),
+        (["trian"], "; did you mean train?"),
+        (["bench", "--model", "M", "--lenght", "3"], "unrecognized arguments: --lenght 3; did you mean --length?"),
+        (["runs", "F", "--colour=red"], "unrecognized arguments: --colour=red"),
+    ],
+)
+def test_what_was_probably_meant(typed: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, which ends in it."""
+    with pytest.raises(SystemExit) as end:
+        main(typed)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith(f"{sentence}\n")
+
+
+@pytest.mark.parametrize("command", REQUIRED)
+def test_help_has_groups_and_examples_that_can_be_typed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: lfu {command} ")
+    examples = [shlex.split(line) for line in COMMANDS[command].examples.splitlines()]
+    assert len(examples) == 2
+    for example in examples:
+        assert example[0] == "lfu"
+        parser().parse_args(example[1:])
+
+
+def test_every_option_of_a_group_is_one() -> None:
+    known = {each.name for command in COMMANDS.values() for each in fields(command.options)}
+    assert set(" ".join(GROUPS.values()).split()) <= known
+
+
+def test_methods_are_listed_with_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines.keys() == methods.METHODS.keys()
+    assert lines["lfu-reps"].endswith("(--alpha 0.1 --lambda 0.1 --norm mean)")
+    assert all(len(line.split()) > 4 for line in lines.values())
+
+
+def test_done_says_what_is_next(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"model": MINI, "data": data, "template": "plain", "epochs": 1, "batch_size": 4}
+    for name, folder, more in (("a", "adapter", {}), ("b", "best", {"hold_back": 2})):
+        assert lfu("train", out=tmp_path / name, **options, **more) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == f"Next: lfu eval --model {MINI} --adapter {tmp_path / name / folder} --data TEST.jsonl"
+
+
+def test_the_folder_of_a_run_is_no_adapter(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unfinished = shutil.copytree(run, tmp_path / "unfinished")
+    shutil.rmtree(unfinished / "adapter")
+    empty = shutil.copytree(unfinished, tmp_path / "empty")
+    shutil.rmtree(empty / "checkpoints")
+    for out, advice in (
+        (run, f"give {run / 'adapter'} or {run / 'checkpoints' / 'step-3'}."),
+        (unfinished, f"give {unfinished / 'checkpoints' / 'step-3'} or {unfinished / 'checkpoints' / 'step-6'}."),
+        (empty, "it holds no adapter yet."),
+    ):
+        assert lfu("eval", model=MINI, adapter=out, data=data) == 2
+        assert refusal(capsys) == f"{out} is the folder of a run: {advice}"
+
+
+@pytest.mark.parametrize(("told", "threads"), [(None, 1), ("2", 2)])
+def test_a_small_model_takes_one_thread(
+    told: str | None, threads: int, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert lfu("eval", model=MINI, data=data, generate=False, limit=1) == 0
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert ("OMP_NUM_THREADS" in capsys.readouterr().out) == (told is None)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

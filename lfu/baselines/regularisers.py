@@ -69,7 +69,7 @@ def neftune(
     config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *,
     alpha: float, **options: Unpack[SftOptions],
 ) -> tuple[Lora, Metrics]:  # fmt: skip
-    """The SFT gradient with noise on the embeddings, drawn anew for every micro-batch and constant.
+    """NEFTune: the SFT gradient with noise on the embeddings, drawn anew for every micro-batch and constant.
 
     The reported loss is the noisy one.
     """
@@ -105,7 +105,7 @@ def gem(
     config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator, *,
     beta: float, weight: str, **options: Unpack[SftOptions],
 ) -> tuple[Lora, Metrics]:  # fmt: skip
-    """The gradient of `gem_loss`."""
+    """GEM: a cross-entropy that leaves probability to other tokens (`gem_loss`)."""
     answers = answer_labels(batch.labels)
 
     def loss(hidden: list[Tensor], logits: Tensor, sft: Tensor) -> tuple[Tensor, Metrics]:

@@ -7,13 +7,17 @@ This is the last chapter.
 
 import argparse
 import ctypes
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from io import TextIOWrapper
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, cast
+
+import torch
 
 from lfu import __version__
 from lfu.cli.bench import BenchOptions, bench
@@ -21,23 +25,76 @@ from lfu.cli.distill import DistillOptions, distill
 from lfu.cli.evaluate import EvalOptions, evaluate
 from lfu.cli.generate import GenerateOptions, generate
 from lfu.cli.merge import MergeOptions, merge
+from lfu.cli.methods import MethodsOptions, print_methods
+from lfu.cli.options import best_device
 from lfu.cli.plot import PlotOptions, plot
 from lfu.cli.runs import RunsOptions, runs
 from lfu.cli.train import TrainOptions, train
-from lfu.errors import InputError, is_out_of_memory, option_name, quote
+from lfu.errors import InputError, escape, is_out_of_memory, option_name, quote
 from lfu.evaluation import loglikelihood as likelihoods
 from lfu.methods import METHODS
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
-    "train": (TrainOptions, train, "fine-tune an adapter"),
-    "eval": (EvalOptions, evaluate, "score a model or an adapter"),
-    "generate": (GenerateOptions, generate, "answer a question"),
-    "merge": (MergeOptions, merge, "write a model folder with the adapter merged in"),
-    "distill": (DistillOptions, distill, "rewrite the answers of a data file in the words of the model"),
-    "plot": (PlotOptions, plot, "draw the curves of runs"),
-    "runs": (RunsOptions, runs, "list the runs in a folder, and how far they are"),
-    "bench": (BenchOptions, bench, "measure what a step costs"),
+
+class Command(NamedTuple):
+    """One command: its options, what it does, what its help says, and how it is typed."""
+
+    options: type
+    run: Callable[[Any], Any]
+    help: str
+    examples: str
+
+
+COMMANDS = {
+    "train": Command(
+        TrainOptions, train, "fine-tune an adapter",
+        "lfu train --model meta-llama/Llama-3.1-8B --data train.jsonl --out runs/lfu\n"
+        "lfu train --model M --data train.jsonl --method sft --hold-back 64 --patience 3 --out runs/sft",
+    ),
+    "eval": Command(
+        EvalOptions, evaluate, "score a model or an adapter",
+        "lfu eval --model M --adapter runs/lfu/adapter --data test.jsonl --out runs/lfu/predictions.jsonl\n"
+        "lfu eval --model M --data test.jsonl --prompt harness --shots 5 --shots-data train.jsonl",
+    ),
+    "generate": Command(
+        GenerateOptions, generate, "answer a question",
+        "lfu generate --model M --adapter runs/lfu/adapter --question 'What is 6 times 7?'\n"
+        "lfu generate --model M --template plain --question 'Once upon a time'",
+    ),
+    "merge": Command(
+        MergeOptions, merge, "write a model folder with the adapter merged in",
+        "lfu merge --model M --adapter runs/lfu/adapter --out merged\n"
+        "lfu merge --model M --adapter runs/lfu/adapter --weight 0.5 --out halfway",
+    ),
+    "distill": Command(
+        DistillOptions, distill, "rewrite the answers of a data file in the words of the model",
+        "lfu distill --model M --data train.jsonl --out distilled.jsonl\n"
+        "lfu distill --model M --data train.jsonl --out distilled.jsonl --resume",
+    ),
+    "plot": Command(
+        PlotOptions, plot, "draw the curves of runs",
+        "lfu plot runs/sft runs/lfu --out curves.svg\nlfu plot runs/lfu --out curves.png",
+    ),
+    "runs": Command(
+        RunsOptions, runs, "list the runs in a folder, and how far they are", "lfu runs runs\nlfu runs runs/lfu"
+    ),
+    "methods": Command(
+        MethodsOptions, print_methods, "list the methods and their published settings",
+        "lfu methods\nlfu train --method neftune --alpha 5 --model M --data train.jsonl --out runs/neftune",
+    ),
+    "bench": Command(
+        BenchOptions, bench, "measure what a step costs",
+        "lfu bench --model M --dtype bfloat16\nlfu bench --model M --rows 1 --length 512 --compile",
+    ),
+}  # fmt: skip
+GROUPS = {
+    "model": "model dtype device adapter template bos",
+    "data": "data layout question answer limit drop max_length loss_on valid hold_back shots shots_data",
+    "method": "method alpha lam beta layers norm rank lora_alpha recipe",
+    "optimisation": "epochs batch_size micro_batch_size learning_rate warmup weight_decay max_grad_norm ema seed",
+    "memory and speed": "remat compile",
+    "run": "out save_every keep resume eval_every patience",
 }
+"""Under which title help shows an option; all others are a command's own."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,10 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal knows the letters of an answer, or ±
-    parsed = vars(parser().parse_args(arguments))
-    options, run, _ = COMMANDS[parsed.pop("command")]
+    parsed = vars(parse(arguments))
+    options, run, *_ = COMMANDS[parsed.pop("command")]
     try:
         require_usable(parsed)
+        choose_threads(parsed)
         run(options(**parsed))
     except (InputError, FloatingPointError, OSError) as error:
         say(str(error))
@@ -101,6 +159,21 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
+SMALL = 64 * 2**20
+"""Bytes of weights up to which more threads cost more than they bring: on the miniature a step takes a tenth."""
+
+
+def choose_threads(parsed: dict[str, Any]) -> None:
+    """One thread for a small model on the CPU, unless OMP_NUM_THREADS says otherwise."""
+    weights = Path(parsed.get("model") or "") / "model.safetensors"
+    on_cpu = (parsed.get("device") or best_device()).startswith("cpu")
+    if "OMP_NUM_THREADS" in os.environ or not on_cpu or not weights.is_file() or weights.stat().st_size > SMALL:
+        return
+    if torch.get_num_threads() > 1:
+        print("One thread, as the model is small; OMP_NUM_THREADS=2 makes it two.")
+        torch.set_num_threads(1)
+
+
 def memory_advice(options: Any) -> str:
     """The options that would lower a command's memory and are not used yet."""
     dtype = getattr(options, "dtype", "bfloat16")
@@ -119,21 +192,76 @@ def memory_advice(options: Any) -> str:
     return ", ".join(ways) or "a device with more memory"
 
 
-def parser() -> argparse.ArgumentParser:
+# --- what is typed --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, with the choice that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            raise argparse.ArgumentError(action, error.message + nearest(str(value), action.choices or ())) from None
+
+
+def nearest(value: str, choices: Iterable[Any]) -> str:
+    """The end of a sentence: the choice that is most like a value, if one is."""
+    found = difflib.get_close_matches(value, list(map(str, choices)), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """What was typed; ends the program with status 2 where that is no command of ours."""
+    root = parser()
+    parsed, rest = root.parse_known_args(arguments)
+    if rest:
+        command = command_parsers(root)[parsed.command]
+        close = nearest(rest[0].partition("=")[0], command._option_string_actions)
+        command.error(f"unrecognized arguments: {escape(' '.join(rest))}{close}")
+    return parsed
+
+
+def parser() -> Parser:
     """The command line, made from the options objects."""
-    root = argparse.ArgumentParser(
-        prog="lfu", description="Fine-tune language models with Learning from the Undesirable."
-    )
+    root = Parser(prog="lfu", description="Fine-tune language models with Learning from the Undesirable.")
     root.add_argument("--version", action="version", version=f"lfu {__version__}")
     commands = root.add_subparsers(dest="command", required=True)
-    for name, (options, _, help) in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=f"{help.capitalize()}.", allow_abbrev=False)
-        for each in fields(options):
-            add_option(command, each)
+    for name, each in COMMANDS.items():
+        add_command(commands, name, each)
     return root
 
 
-def add_option(command: argparse.ArgumentParser, each: Field[Any]) -> None:
+def command_parsers(root: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    """The parser of each command."""
+    (found,) = (action.choices for action in root._actions if action.dest == "command")
+    return cast(Mapping[str, argparse.ArgumentParser], found)
+
+
+def add_command(commands: Any, name: str, each: Command) -> None:
+    """One command's own parser, its options under the titles of GROUPS."""
+    examples = "".join(f"\n  {line}" for line in each.examples.splitlines())
+    needed = [
+        field.name.upper() if field.metadata.get("positional") else f"--{option_name(field.name)} {field.name.upper()}"
+        for field in fields(each.options)
+        if field.default is MISSING
+    ]
+    command = commands.add_parser(
+        name, usage=f"lfu {' '.join([name, *needed])} [options]", help=each.help,
+        description=f"{each.help.capitalize()}.", epilog=f"examples:{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    titles = {option: title for title, names in GROUPS.items() for option in names.split()}
+    groups = {title: command.add_argument_group(title) for title in (*GROUPS, "others")}
+    for field in fields(each.options):
+        bare = field.metadata.get("positional", False)
+        add_option(command if bare else groups[titles.get(field.name, "others")], field)
+
+
+def add_option(command: Any, each: Field[Any]) -> None:
     how = dict(each.metadata)
     if how.pop("positional", False):
         command.add_argument(each.name, nargs="+" if "list" in str(each.type) else None, help=how["help"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lfu import lora, model
-from lfu.checkpoints import describe_changes
+from lfu.checkpoints import checkpoints, describe_changes
 from lfu.data.rows import LAYOUTS, Layout, get_layout
 from lfu.data.tokens import (
     TEMPLATES,
@@ -180,8 +180,10 @@ def load_model(options: InferenceOptions, setup: PromptSetup) -> LoadedModel:
 
 def adapter_format(adapter: Path, folder: Path) -> Format:
     """What the adapter was trained on. InputError if that was another model than the one in `folder`."""
-    if (adapter / "adapter" / "adapter_config.json").is_file() and not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"{adapter} is the folder of a run: give {adapter / 'adapter'}.")
+    if (adapter / "settings.json").is_file() and not (adapter / "adapter_config.json").is_file():
+        held = [path for path in (adapter / "best", adapter / "adapter", *checkpoints(adapter)) if path.is_dir()]
+        advice = f"give {' or '.join(map(str, held[:2]))}" if held else "it holds no adapter yet"
+        raise InputError(f"{adapter} is the folder of a run: {advice}.")
     path = adapter / "lfu_config.json"
     settings, needed = read_optional_json(path), {"template", "bos", "model_fingerprint"}
     if not needed & set(settings):  # of another program, or of a run that nobody told

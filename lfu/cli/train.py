@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lfu import __version__, lora, methods, model
+from lfu.checkpoints import BEST
 from lfu.cli.options import (
     ModelOptions,
     RowsOptions,
@@ -133,11 +134,14 @@ def fine_tune(options: TrainOptions, device: torch.device) -> Path:
     config, base = model.load(plan.folder, dtype=plan.dtype, device=device)
     task = tree_map(partial(Tensor.to, device=device, dtype=model.stream_dtype(base), copy=True), plan.start)
     print_forecast(plan, base, task)
-    return train_run(
+    adapter = train_run(
         out, config, base, (task, options.lora_alpha / options.rank), plan.examples, plan.method, plan.schedule,
         record=plan.record, validation=plan.validation, save_every=options.save_every, keep=options.keep,
         decay=options.ema, resume=options.resume,
     )  # fmt: skip
+    best = out / BEST if plan.validation is not None else adapter
+    print(f"Next: lfu eval --model {options.model} --adapter {best} --data TEST.jsonl")
+    return adapter
 
 
 class Plan(NamedTuple):
