@@ -24,7 +24,7 @@ def answer_mask(labels: Tensor) -> Tensor:  # [B,T] -> [B,T] bool
 
 
 def answer_labels(labels: Tensor) -> Tensor:  # [B,T] -> [n]
-    """The labels that are predicted, in the order of `predicts(labels)`."""
+    """The labels that are predicted, in the order of `answer_mask(labels)`."""
     return labels[:, 1:][labels[:, 1:] != IGNORED]
 
 
@@ -37,7 +37,7 @@ def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [B,T,V], [B,T] -> []
 
 
 def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:  # [n,V], [n] -> []
-    """`sft_loss` from `targets(labels)` and the logits that predict them; it reads no others, so none need exist."""
+    """`sft_loss` from the labels of `answer_labels` and the logits that predict them; no others need exist."""
     if not len(answers):
         raise InputError("This batch has no token that carries a label, so its loss is not defined.")
     return F.cross_entropy(logits, answers)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,14 @@ from commands import environment
 from experiments.children import Ended
 from experiments.crash import GOOD, incomplete, judge
 
-ALLOWED = {"stuck": 4, "half": 5, "left over": 25}
-"""Known failures: outcome -> at how many operations. Anything more is new."""
-
 
 def test_training_goes_on_wherever_it_is_struck(tmp_path: Path) -> None:
     out = tmp_path / "points.json"
     command = [sys.executable, "-m", "experiments.crash", "--only", "train", "--faults", "SIGKILL", "ENOSPC"]
     subprocess.run([*command, "--out", str(out)], check=True, env=environment(), timeout=600, capture_output=True)
     points = json.loads(out.read_text(encoding="utf-8"))["points"]
-    counts = Counter(point["outcome"] for point in points if point["outcome"] not in GOOD)
     assert len(points) > 50
-    assert not counts - Counter(ALLOWED), [point for point in points if point["outcome"] in counts]
+    assert not [point for point in points if point["outcome"] not in GOOD]
 
 
 WHOLE = {"out-o": None, "out-o/a": b"1", "out-o/b": b"2"}

@@ -1,4 +1,4 @@
-"""The `lfu` command: train, eval, generate, merge, distill, plot, runs, bench.
+"""The `lfu` command: train, eval, generate, merge, distill, plot, runs, methods, bench.
 
 Each command is a function of one options object, in a file of its own, so `lfu train --model M --data D --out O` and
 `train(TrainOptions(model=M, data=D, out=O))` are the same thing. The command line is made from the options objects.
