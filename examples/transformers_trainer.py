@@ -9,7 +9,7 @@
 
 The step is `lfu.train.lfu_gradient`, Eqs. 2 to 6. The auxiliary component, a fresh LoRA or steering vectors, starts as
 a no-op, so the Trainer's own backward pass of the SFT loss also gives its direction of ascent; a second forward and
-backward pass adds the gradient of the consistency loss. It acts through hooks: no optimizer, no adapter file knows it.
+backward pass adds the gradient of the consistency loss. No optimizer and no adapter file knows of the component.
 
 The perturbed states differ from the clean ones by less than bfloat16 can tell: with α = 0.001 the consistency gradient
 of SmolLM2 would have a cosine of 0.09 with that of float64. So for the step the residual stream is float32, and of a
