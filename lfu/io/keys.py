@@ -84,7 +84,7 @@ def refuse_unsupported(path: Path, raw: dict[str, Any], keys: Keys) -> None:
 
 
 LARGEST = {"num_hidden_layers": 10_000}
-"""Of the others, 10¹²: beyond it, no model is meant."""
+"""Of the others, ten million, and 10¹² where it is no size: beyond that, no model is meant."""
 
 
 def positive(path: Path, raw: dict[str, Any], key: str, default: float | None = None, kind: type = int) -> Any:
@@ -94,7 +94,7 @@ def positive(path: Path, raw: dict[str, Any], key: str, default: float | None = 
     if not number or not value > 0 or (kind is int and value % 1 != 0):
         name = "integer" if kind is int else "number"
         raise InputError(f"{path}: {key} must be a positive {name}, not {quote(raw.get(key))}.")
-    if value > LARGEST.get(key, 10**12):
+    if value > LARGEST.get(key, 10**7 if kind is int else 10**12):
         raise InputError(f"{path}: {key} = {quote(value)} is beyond that of any model.")
     return kind(value)
 
