@@ -99,7 +99,7 @@ def get_layout(name: str, question: str, answer: str) -> Layout:
 def require_column(fields: dict[str, Any], column: str, kind: type) -> Any:
     """What stands in a column; InputError if it is missing or of another type."""
     if column not in fields:
-        raise InputError(f"no column {quote(column)}; the row has {first_few([*map(quote, fields)], 10) or 'none'}.")
+        raise InputError(f"no column {quote(column)}; the row has {first_few([*fields], 10, shown=quote) or 'none'}.")
     if not isinstance(fields[column], kind):
         name = {str: "a string", dict: "a JSON object", list: "a list", int: "an integer"}[kind]
         raise InputError(f"column {quote(column)} must be {name}, not {quote(fields[column])}.")

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -71,10 +71,10 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def first_few(names: list[str], count: int = 4) -> str:
+def first_few(names: list[str], count: int = 4, *, shown: Callable[[str], str] = escape) -> str:
     """The first few names, escaped, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(map(escape, names[:count])) + more
+    return ", ".join(map(shown, names[:count])) + more
 
 
 @contextmanager
