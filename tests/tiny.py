@@ -42,7 +42,7 @@ CONFIGS = {
     "smollm2": GROUPED._replace(rope_theta=1e5, tie_word_embeddings=True),
     "mistral_v01": GROUPED._replace(model_type="mistral", sliding_window=24),
     "mistral_v03": GROUPED._replace(model_type="mistral", rope_theta=1e6),
-    "qwen2": GROUPED._replace(model_type="qwen2", rope_theta=1e6, tie_word_embeddings=True),
+    "qwen2": GROUPED._replace(model_type="qwen2", rope_theta=1e6),
     "qwen3": GROUPED._replace(model_type="qwen3", head_dim=16, rope_theta=1e6, tie_word_embeddings=True),
     "qwen3_untied": GROUPED._replace(model_type="qwen3", head_dim=16, rope_theta=1e6, num_hidden_layers=2),
 }

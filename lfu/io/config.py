@@ -110,7 +110,8 @@ def read_window(path: Path, raw: dict[str, Any], layers: int) -> int | None:
     """
     window, types = stated_window(path, raw), raw.get("layer_types")
     if types is None:
-        first = positive(path, raw, "max_window_layers", 28) if window and raw["model_type"] != "mistral" else 0
+        all_layers = raw["model_type"] == "mistral" or raw.get("max_window_layers") == 0
+        first = 0 if all_layers or window is None else positive(path, raw, "max_window_layers", 28)
         types = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
         raise InputError(f"{path}: layer_types must be a list of {layers} names, not {quote(types)}.")
