@@ -31,7 +31,7 @@ from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer
 from lfu.lora import Adapter, Lora
 from lfu.methods import BoundMethod
-from lfu.model import Config, Layer, Linear, Params, Product
+from lfu.model import Config, Layer, Linear, Params, Product, linear_with_adapters
 from lfu.profiling import bench
 from lfu.profiling.bench import RANK, SCALE, Work, interleaved, own_steps, spread, timed
 from lfu.profiling.memory import expected_peak, peak
@@ -122,9 +122,10 @@ def rounded_norm(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def rounded_adapters(layer: Layer, index: int, adapters: list[Adapter], product: Product) -> Linear:
     """`model.linear_with_adapters` with bfloat16 products of A and B."""
+    frozen = linear_with_adapters(layer, index, [], product)
 
     def linear(name: str, x: Tensor) -> Tensor:
-        y = product(index, name, x, getattr(layer, name))
+        y = frozen(name, x)
         for lora, scale in adapters:
             A, B = lora[index][name]
             y = y + (F.linear(x.bfloat16(), A.bfloat16()) @ (scale * B).T.contiguous().bfloat16()).to(y.dtype)

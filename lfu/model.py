@@ -1,4 +1,4 @@
-"""The decoder: Llama, Mistral and Qwen3 as pure functions over the tensors of a Hugging Face folder.
+"""The decoder: Llama, Mistral, Qwen2 and Qwen3 as pure functions over the tensors of a Hugging Face folder.
 
     embed -> block, block, ... -> unembed
 
@@ -10,8 +10,8 @@ Shapes: B batch, T time, D model, H query heads, G key/value heads, h head size,
 r rank. Weights are [out, in], as in the file. The *stream* dtype is float32, or float64 when the weights are float64:
 the residual stream, norms, softmax and adapters are computed in it. Only the product W x runs in the dtype of W.
 
-`Config` is in `io/config.py`. Formulas: transformers 5, `models/{llama,mistral,qwen3}` and `modeling_rope_utils.py`.
-Read next: `lora.py`.
+`Config` is in `io/config.py`. Formulas: transformers 5, `models/{llama,mistral,qwen2,qwen3}` and
+`modeling_rope_utils.py`. Read next: `lora.py`.
 """
 
 import math
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lfu.half import ScaledLinear
-from lfu.io.config import MODULES, Config, layer_shapes, read_config, tensor_shapes
+from lfu.io.config import Config, layer_shapes, read_config, tensor_name, tensor_shapes
 from lfu.io.huggingface import resolve_model
 from lfu.io.tensors import check_tied, read_tensors, stored_dtype
 
@@ -43,6 +43,9 @@ class Layer(NamedTuple):
     down_proj: Tensor  # [D, F]
     q_norm: Tensor | None = None  # [h], Qwen3 only
     k_norm: Tensor | None = None  # [h], Qwen3 only
+    q_proj_bias: Tensor | None = None  # [H*h], Qwen2 only
+    k_proj_bias: Tensor | None = None  # [G*h], Qwen2 only
+    v_proj_bias: Tensor | None = None  # [G*h], Qwen2 only
 
 
 class Params(NamedTuple):
@@ -161,10 +164,12 @@ def block(
 
 
 def linear_with_adapters(layer: Layer, index: int, adapters: Sequence[Adapter], product: Product) -> Linear:
-    """The linear layers of one block: W x + Σ s·B A x. The one place where LoRA enters."""
+    """The linear layers of one block: W x + b + Σ s·B A x. The one place where LoRA enters, and Qwen2's biases."""
 
     def linear(name: str, x: Tensor) -> Tensor:  # [...,in] -> [...,out]
         y = product(index, name, x, getattr(layer, name))
+        if (bias := getattr(layer, f"{name}_bias", None)) is not None:
+            y = y + bias.to(y.dtype)
         for lora, scale in adapters:
             if name in lora[index]:
                 A, B = lora[index][name]
@@ -292,10 +297,8 @@ def read_params(
     folder: Path, config: Config, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Params:
     """The weights of a folder; `dtype` None leaves each tensor in its own."""
-    shapes, optional = tensor_shapes(config), ["lm_head.weight"] if config.tie_word_embeddings else []
-    tensors = read_tensors(
-        folder, shapes, optional=optional, ignored=[".rotary_emb.inv_freq"], dtype=dtype, device=device
-    )
+    shapes, tied = tensor_shapes(config), ["lm_head.weight"] if config.tie_word_embeddings else []
+    tensors = read_tensors(folder, shapes, optional=tied, ignored=[".rotary_emb.inv_freq"], dtype=dtype, device=device)
     if config.tie_word_embeddings:
         check_tied(folder, tensors)
     return assemble(config, tensors)
@@ -309,7 +312,7 @@ def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
 def assemble(config: Config, tensors: dict[str, Tensor]) -> Params:
     """Hugging Face names -> Params."""
     layers = [
-        Layer(**{field: tensors[f"model.layers.{i}.{MODULES[field]}.weight"] for field in layer_shapes(config)})
+        Layer(**{field: tensors[tensor_name(i, field)] for field in layer_shapes(config)})
         for i in range(config.num_hidden_layers)
     ]
     embed = tensors["model.embed_tokens.weight"]
@@ -321,7 +324,5 @@ def named_tensors(config: Config, params: Params) -> dict[str, Tensor]:
     """Params -> Hugging Face names, the inverse of `assemble`; a tied output layer is left out."""
     tensors = {"model.embed_tokens.weight": params.embed, "model.norm.weight": params.norm}
     for i, layer in enumerate(params.layers):
-        tensors |= {
-            f"model.layers.{i}.{MODULES[field]}.weight": getattr(layer, field) for field in layer_shapes(config)
-        }
+        tensors |= {tensor_name(i, field): getattr(layer, field) for field in layer_shapes(config)}
     return tensors if config.tie_word_embeddings else tensors | {"lm_head.weight": params.lm_head}

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny import random_lora, reference_model, tiny_config
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lfu import lora
 from lfu.errors import InputError
@@ -236,7 +236,7 @@ def test_what_changes_nothing_is_accepted(folder: Path) -> None:
     assert read_config(folder / "config.json") == tiny_config("llama31")
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen3Config, LoraConfig])
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, LoraConfig])
 def test_no_key_of_transformers_and_peft_is_unknown(kind: Any) -> None:
     """A newer version's new one fails here, by its name: read it, or say why it changes nothing, or refuse it."""
     known = ADAPTER_KEYS if kind is LoraConfig else CONFIG_KEYS

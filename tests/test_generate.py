@@ -108,7 +108,7 @@ def free_runs(kind: str) -> list[list[int]]:
     return [uncached(config, params, prompt) for prompt in prompts_for(config)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "qwen2"])
 def test_batched_is_one_by_one_is_uncached(kind: str) -> None:
     actual, expected = batched_and_uncached(kind)
     assert actual == expected
@@ -145,7 +145,7 @@ def test_rows_that_end_leave_the_batch_and_the_others_alone(kind: str, monkeypat
     assert sizes[-1] <= len(LENGTHS) // 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "qwen2"])
 def test_transformers_generates_the_same(kind: str, folder_of: Callable[[str], Path]) -> None:
     from transformers import AutoModelForCausalLM
 

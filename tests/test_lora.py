@@ -255,6 +255,21 @@ def test_merge_as_peft(peft_model: PeftModel, folder_of: Callable[[str], Path], 
     assert gap(logits(merged), reference_logits(reference)) < TOLERANCE
 
 
+def test_merge_leaves_biases_alone(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Read, applied and merged as by PEFT beside linear layers that have one."""
+    options = LoraConfig(r=4, init_lora_weights=False, **VARIANTS["published"])
+    wrapped = get_peft_model(reference_model("qwen2"), options).eval()
+    wrapped.save_pretrained(tmp_path)
+    config, params = load(folder_of("qwen2"))
+    adapter = lora.load(tmp_path, config)
+    merged = lora.merge(params, adapter)
+    expected = reference_logits(wrapped)
+    assert gap(forward(config, params, TOKENS, [adapter])[0], expected) < TOLERANCE
+    assert gap(forward(config, merged, TOKENS)[0], expected) < TOLERANCE
+    for name in ("q_proj_bias", "k_proj_bias", "v_proj_bias"):
+        assert all(getattr(a, name) is getattr(b, name) for a, b in zip(merged.layers, params.layers, strict=True))
+
+
 def merge_error() -> float:
     """How far the merged weights' logits are from the adapter's."""
     params, adapter = random_params(CONFIG, seed=0), (random_lora(CONFIG, 4, seed=1), 1.5)

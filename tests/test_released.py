@@ -25,7 +25,7 @@ from lfu.methods import bind
 from lfu.model import Params, named_tensors
 from lfu.schedule import Settings
 
-CONFIG = tiny_config("llama31")
+CONFIG = tiny_config("qwen2")  # has biases, which are to be added once
 SCALE, RANK, EOS = 2.0, 2, 2
 SETTINGS = Settings(learning_rate=0.05)
 TASK = random_lora(CONFIG, RANK, seed=7)

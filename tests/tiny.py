@@ -42,6 +42,7 @@ CONFIGS = {
     "smollm2": GROUPED._replace(rope_theta=1e5, tie_word_embeddings=True),
     "mistral_v01": GROUPED._replace(model_type="mistral", sliding_window=24),
     "mistral_v03": GROUPED._replace(model_type="mistral", rope_theta=1e6),
+    "qwen2": GROUPED._replace(model_type="qwen2", rope_theta=1e6),
     "qwen3": GROUPED._replace(model_type="qwen3", head_dim=16, rope_theta=1e6, tie_word_embeddings=True),
     "qwen3_untied": GROUPED._replace(model_type="qwen3", head_dim=16, rope_theta=1e6, num_hidden_layers=2),
 }
@@ -69,7 +70,7 @@ def random_params(config: Config, *, seed: int, dtype: torch.dtype = torch.float
 
 
 def random_weight(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
-    """A matrix is normal, a vector is the weight of a norm and lies around 1."""
+    """A matrix is normal, a vector, the weight of a norm or a bias, lies around 1."""
     if len(shape) == 1:
         return torch.rand(shape, dtype=torch.float64, generator=generator) + 0.5
     return std * torch.randn(shape, dtype=torch.float64, generator=generator)
@@ -133,7 +134,7 @@ def save_reference(kind: str, folder: Path, **options: Any) -> Any:
 
 
 def reference_config(config: Config) -> Any:
-    from transformers import LlamaConfig, MistralConfig, Qwen3Config
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
@@ -143,5 +144,5 @@ def reference_config(config: Config) -> Any:
         del options[key]
     if config.model_type != "mistral":
         del options["sliding_window"]
-    classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
+    classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
     return classes[config.model_type](**options, bos_token_id=1, eos_token_id=2)

@@ -97,9 +97,12 @@ def released_reps(
     if not state:
         state |= new_state(config, generator, x.dtype)
 
+    # What `product` returns for down_proj has its adapter already.
+    others = [{name: pair for name, pair in layer.items() if name != "down_proj"} for layer in task]
+
     def reversed_loss(vectors: Tensor) -> tuple[Tensor, Any]:
         product = steered_mlp_product(base, task, scale, vectors, alpha)
-        logits, hidden = forward(config, base, other.tokens, product=product)
+        logits, hidden = forward(config, base, other.tokens, [(others, scale)], product=product)
         return sft_loss(logits, other.labels), states(config, base, x_other, hidden)
 
     def objective(task: Lora) -> tuple[Tensor, Any]:
@@ -133,13 +136,13 @@ def states(config: Config, base: Params, x: Tensor, hidden: list[Tensor]) -> lis
 
 
 def steered_mlp_product(base: Params, task: Lora, scale: float, vectors: Tensor, alpha: float) -> Product:
-    """Linear layers with the task LoRA, where the output m of each MLP, at every position, is turned towards v_l:
+    """The frozen products, where the output m of each MLP, task LoRA included, is turned towards v_l at every position:
     m ← ‖m‖·normalize(normalize(m) + α·normalize(v_l))."""
 
     def product(layer: int, name: str, x: Tensor, W: Tensor) -> Tensor:
-        y = linear_with_adapters(base.layers[layer], layer, [(task, scale)], base_product)(name, x)
         if name != "down_proj":
-            return y
+            return base_product(layer, name, x, W)
+        y = linear_with_adapters(base.layers[layer], layer, [(task, scale)], base_product)(name, x)
         direction = F.normalize(y, dim=-1) + alpha * F.normalize(vectors[layer], dim=-1)
         return y.norm(dim=-1, keepdim=True) * F.normalize(direction, dim=-1)
 

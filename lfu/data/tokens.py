@@ -9,7 +9,7 @@ With `loss_on="instruction+answer"` the question inside the prompt carries loss 
 (Instruction Modelling). EOS ends the answer and nothing follows it; the published template also trained on two newlines
 after EOS. Everything else is as in the natural text, in training, generation and every score alike:
 
-- BOS stands where the tokenizer puts it before a text (Llama, Mistral; not Qwen3), and once: a text that begins with
+- BOS stands where the tokenizer puts it before a text (Llama, Mistral; not Qwen), and once: a text that begins with
   BOS gets no second one. The post-processor of tokenizer.json and the add_bos_token of tokenizer_config.json, which
   other programs obey, must say the same, or `--bos` or `--no-bos` chooses.
 - A tokenizer that puts a space before every text (Llama 2's) puts one before the whole, and none between its pieces.

@@ -23,7 +23,7 @@ class Llama3Scaling(NamedTuple):
 class Config(NamedTuple):
     """Everything that shapes the computation, from config.json alone. Immutable and hashable."""
 
-    model_type: str  # llama, mistral or qwen3
+    model_type: str  # llama, mistral, qwen2 or qwen3
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -38,21 +38,26 @@ class Config(NamedTuple):
     tie_word_embeddings: bool
 
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def read_config(path: Path) -> Config:
     """What of a config.json shapes the computation.
 
-    InputError, with the key and the value, for what the decoder cannot compute (biases, other activations, other rope
-    types, quantisation) and for keys that nobody here knows: see `keys.py`.
+    InputError, with the key and the value, for what the decoder cannot compute (biases other than Qwen2's, other
+    activations, other rope types, quantisation) and for keys that nobody here knows: see `keys.py`.
     """
     raw = read_json(path)
     kind = read_architecture(path, raw)
     refuse_unsupported(path, raw, CONFIG_KEYS)
     hidden_size, heads = positive(path, raw, "hidden_size"), positive(path, raw, "num_attention_heads")
     layers = positive(path, raw, "num_hidden_layers")
-    shared = heads if "num_key_value_heads" in raw else {"mistral": 8, "qwen3": 32}.get(kind, heads)
+    shared = heads if "num_key_value_heads" in raw else {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(kind, heads)
     theta, scaling = read_rope(path, raw)
     config = Config(
         model_type=kind,
@@ -101,11 +106,12 @@ def read_window(path: Path, raw: dict[str, Any], layers: int) -> int | None:
     """The window that every layer has; InputError where some have one and others none, which is not supported.
 
     layer_types decides, of a Mistral too: with it, transformers reads one as a Ministral. Where it is absent, all
-    layers of a Mistral have the window, if there is one, and of a Qwen3 those from max_window_layers onward.
+    layers of a Mistral have the window, if there is one, and of a Qwen those from max_window_layers onward.
     """
     window, types = stated_window(path, raw), raw.get("layer_types")
     if types is None:
-        first = positive(path, raw, "max_window_layers", 28) if window and raw["model_type"] == "qwen3" else 0
+        all_layers = raw["model_type"] == "mistral" or raw.get("max_window_layers") == 0
+        first = 0 if all_layers or window is None else positive(path, raw, "max_window_layers", 28)
         types = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
         raise InputError(f"{path}: layer_types must be a list of {layers} names, not {quote(types)}.")
@@ -121,8 +127,8 @@ def read_window(path: Path, raw: dict[str, Any], layers: int) -> int | None:
 
 def stated_window(path: Path, raw: dict[str, Any]) -> int | None:
     """sliding_window where the architecture looks at it: 4096 if the key is absent, none if it is null."""
-    unused = {"llama": True, "qwen3": not flag(path, raw, "use_sliding_window")}.get(raw["model_type"], False)
-    if unused or raw.get("sliding_window", 4096) is None:
+    used = {"llama": False, "mistral": True}.get(raw["model_type"], flag(path, raw, "use_sliding_window"))
+    if not used or raw.get("sliding_window", 4096) is None:
         return None
     return positive(path, raw, "sliding_window", 4096)
 
@@ -191,8 +197,14 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     table = (config.vocab_size, config.hidden_size)
     shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (config.hidden_size,), "lm_head.weight": table}
     for i in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{MODULES[field]}.weight": shape for field, shape in layer_shapes(config).items()}
+        shapes |= {tensor_name(i, field): shape for field, shape in layer_shapes(config).items()}
     return shapes
+
+
+def tensor_name(layer: int, field: str) -> str:
+    """What Hugging Face files call a `Layer` field of this block."""
+    part = "bias" if field.endswith("_bias") else "weight"
+    return f"model.layers.{layer}.{MODULES[field.removesuffix('_bias')]}.{part}"
 
 
 def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -202,6 +214,8 @@ def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
     shapes |= {"q_proj": (queries, D), "k_proj": (keys, D), "v_proj": (keys, D), "o_proj": (D, queries)}
     shapes |= {"gate_proj": (F_, D), "up_proj": (F_, D), "down_proj": (D, F_)}
+    if config.model_type == "qwen2":
+        shapes |= {"q_proj_bias": (queries,), "k_proj_bias": (keys,), "v_proj_bias": (keys,)}
     if config.model_type == "qwen3":
         shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
     return shapes

@@ -1,7 +1,7 @@
 """The keys of config.json and adapter_config.json: each is read, or changes nothing here, or is refused.
 
 A key that is passed over may mean another model, so one of no list here is refused too, unless it is empty. Sources:
-transformers 4 and 5, `configuration_utils.py` and `models/{llama,mistral,qwen3}`; PEFT, `tuners/lora/config.py`.
+transformers 4 and 5, `configuration_utils.py` and `models/{llama,mistral,qwen2,qwen3}`; PEFT, `tuners/lora/config.py`.
 Read next: `config.py`.
 """
 

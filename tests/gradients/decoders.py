@@ -70,8 +70,10 @@ def attention(config: Any, layer: Any, q: Tensor, k: Tensor, v: Tensor, turn: Te
 
 
 def linear(layer: Any, index: int, name: str, x: Tensor, adapters: list[Any]) -> Tensor:
-    """W x, and for every adapter a separate s·B(A x)."""
+    """W x, with the bias where there is one, and for every adapter a separate s·B(A x)."""
     y = torch.einsum("oi,ti->to", getattr(layer, name), x)
+    if name in ("q_proj", "k_proj", "v_proj") and layer.q_proj_bias is not None:
+        y = y + getattr(layer, f"{name}_bias").expand_as(y)
     for lora, scale in adapters:
         if name in lora[index]:
             A, B = lora[index][name]
@@ -151,9 +153,10 @@ def transformers_model(config: Any, params: Any) -> nn.Module:
     decoder.norm.weight.copy_(params.norm)
     model.lm_head.weight.copy_(params.lm_head)
     for module, layer in zip(decoder.layers, params.layers, strict=True):
-        for name, weight in layer._asdict().items():
-            if weight is not None:
-                part(module, name).weight.copy_(weight)
+        for name, tensor in layer._asdict().items():
+            if tensor is not None:
+                holder = part(module, name.removesuffix("_bias"))
+                (holder.bias if name.endswith("_bias") else holder.weight).copy_(tensor)
     return model.eval()
 
 

@@ -210,6 +210,19 @@ MODEL = [
             checks.STACK,
         ),
         ("adapter of the next block", "lora[index][name]", "lora[index - 1][name]", checks.reading("published")),
+        ("bias forgotten", "y = y + bias.to(y.dtype)", "pass", checks.decoder("qwen2")),
+        (
+            "bias on o_proj",
+            'f"{name}_bias"',
+            'f"{name}_bias".replace("o_proj", "q_proj")',
+            checks.decoder("qwen2"),
+        ),
+        (
+            "bias added twice in the perturbed pass",
+            "bias.to(y.dtype)",
+            'bias.to(y.dtype) * (1 + ("relative_to" in product.__qualname__))',
+            checks.part("consistency", *checks.BOTH, kind="qwen2"),
+        ),
     ),
     *mistakes_in(
         "model.relative_to",
