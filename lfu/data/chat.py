@@ -126,12 +126,18 @@ def conversation(system: str | None, history: Sequence[Message], question: str, 
 
 
 def render(chat: Chat, messages: Sequence[Message], prompt: bool = False) -> str:
-    """The text of a conversation, with `prompt` up to where an answer begins. InputError where the template fails."""
+    """The text of a conversation, with `prompt` up to where an answer begins.
+
+    InputError where the template fails, or leaves out the system turn.
+    """
     given = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
     try:
-        return chat.template.render(**chat.variables, **given, add_generation_prompt=prompt)
+        text = chat.template.render(**chat.variables, **given, add_generation_prompt=prompt)
     except Exception as error:  # a template is a program
         raise InputError(f"the chat template of {chat.path} refuses it: {quote(str(error))}.") from error
+    if any(turn["role"] == "system" and turn["content"].strip() not in text for turn in messages):
+        raise InputError(f"the chat template of {chat.path} leaves out the system turn.")
+    return text
 
 
 def require_plain(chat: Chat, encode: Encode, messages: Sequence[Message]) -> None:
