@@ -227,6 +227,7 @@ REFUSED = {
         {"role": "assistant", "content": "So."},
     ],
     "special token <s>": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<s>So."}],
+    "the question or the answer is empty": dialogue(2, first=" "),
     "begins with what the tokenizer joins": dialogue(1, first="\nSo."),
     "system turn of its own: leave out --system": dialogue(1, "Be brief."),
 }

@@ -104,7 +104,7 @@ def require_consistent(options: EvalOptions) -> None:
             not harness and (options.shots or options.shots_data)
         ),
         "The harness prompt is the question as it stands: leave out --template or --prompt harness.": (
-            harness and options.template and (options.nll is False or not written)
+            harness and (options.template or options.system is not None) and (options.nll is False or not written)
         ),
         "--shots-data and --seed are without effect as long as --shots is 0: say how many.": (
             not options.shots and (options.shots_data or options.seed != EvalOptions.seed)

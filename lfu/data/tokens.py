@@ -372,7 +372,7 @@ def rejection_reason(
     given = example.prompt_length if format.template == "plain" else len(tokenizer.bos) if format.bos else 0
     text = example.tokens[given:-1] if format.template != CHAT else []  # `require_plain` has looked at a chat's turns
     special = [token for token in text if token in tokenizer.bos or token in tokenizer.stops]
-    if not (is_visible(row.question) and is_visible(row.answer)):
+    if not all(map(is_visible, [row.question, row.answer, *(turn["content"] for turn in row.history)])):
         return "the question or the answer is empty"
     if len(example.tokens) > max_length:
         return f"{len(example.tokens)} tokens are more than the maximum of {max_length}"
