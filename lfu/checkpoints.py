@@ -193,6 +193,7 @@ IDENTITIES = {
     "valid_sha256": "the validation file differs",
     "adapter_sha256": "the adapter to continue from differs",
     "adapter_files": "the adapter differs",
+    "chat_template": "the chat template differs",
     "shots_sha256": "the file of worked examples differs",
 }
 """What is compared by checksum, which says nothing to a reader."""

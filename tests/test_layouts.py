@@ -23,6 +23,7 @@ LIMA = {"conversations": ["Why?", "So."], "source": "stackexchange"}
 DIALOGUE = {"conversations": ["Why?", "So.", "Really?", "Yes."], "source": "multi_turn"}
 ALPAGASUS = {"instruction": "Name it.", "category": "closed_qa", "input": "A stone.\nGrey.", "output": "Granite"}
 DOLLY = {"instruction": "Name it.", "context": "A stone.", "response": "Granite", "category": "closed_qa"}
+MESSAGES = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
 OPTIONS = "Which of these falls?\nA. a cloud\nB. a stone\nC. light"
 
 READ: list[tuple[Layout, dict[str, Any], tuple[str, str]]] = [
@@ -77,7 +78,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("dolly", ALPAGASUS | {"response": "So."}, "columns 'output' and 'response' mean the same"),
     ("dolly", DOLLY | {"input": ""}, "columns 'input' and 'context' mean the same"),
 ]
-GOOD = {"columns": GSM8K, "arc": ARC, "lima": LIMA, "dolly": DOLLY}
+GOOD = {"columns": GSM8K, "arc": ARC, "lima": LIMA, "dolly": DOLLY, "messages": MESSAGES}
 
 
 @pytest.mark.parametrize(("name", "fields", "message"), BROKEN)

@@ -81,7 +81,9 @@ def distill(options: DistillOptions) -> Path:
 
 
 def check_sampling(options: DistillOptions) -> None:
-    """InputError for numbers that nothing can be drawn with."""
+    """InputError for numbers that nothing can be drawn with, and for conversations, which the recipes do not ask in."""
+    if options.layout == "messages":
+        raise InputError("lfu distill rewrites the answer to one question; the layout messages has conversations.")
     require_counts(options, "top_k", "max_new_tokens", "batch_size", "limit")
     require_counts(options, "seed", least=0)
     if not (0 < options.temperature < math.inf and 0 < options.top_p <= 1):

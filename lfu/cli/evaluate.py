@@ -24,8 +24,9 @@ from lfu.cli.options import (
     require_counts,
 )
 from lfu.data.batches import Example
+from lfu.data.chat import CHAT
 from lfu.data.rows import Row, complete_lines, json_line, json_object, read_rows, require_column, with_line_number
-from lfu.data.tokens import TEMPLATES, describe_tokens, encode_row
+from lfu.data.tokens import describe_tokens, encode_row, stop_strings
 from lfu.errors import InputError, option_name
 from lfu.evaluation import generative as evaluating
 from lfu.evaluation import loglikelihood as likelihoods
@@ -103,7 +104,7 @@ def require_consistent(options: EvalOptions) -> None:
             not harness and (options.shots or options.shots_data)
         ),
         "The harness prompt is the question as it stands: leave out --template or --prompt harness.": (
-            harness and options.template and (options.nll is False or not written)
+            harness and (options.template or options.system is not None) and (options.nll is False or not written)
         ),
         "--shots-data and --seed are without effect as long as --shots is 0: say how many.": (
             not options.shots and (options.shots_data or options.seed != EvalOptions.seed)
@@ -127,7 +128,7 @@ def require_effect(options: EvalOptions) -> None:
     score, likely = options.score, likelihoods.SCORES.get(options.score)
     unused = [] if score in evaluating.WITH_REFERENCES else ["nll", "generate", "layout"]
     unused += ["shots", "shots_data", "seed", "max_new_tokens", "drop"] if likely else ["max_length"]
-    unused += ["question", "template", "prompt"] if likely and not likely.asks else []
+    unused += ["question", "template", "system", "prompt"] if likely and not likely.asks else []
     unused += ["answer"] if score in ("refusal", "mc2", "last-word", "perplexity") else []
     given = [each.name for each in fields(options) if getattr(options, each.name) != each.default]
     if without := [option_name(name) for name in given if name in unused]:
@@ -192,7 +193,9 @@ def require_usable(options: EvalOptions, setup: PromptSetup, row: Row) -> None:
     if options.generate and options.score == "gsm8k":
         evaluating.require_number(row)
     if options.generate and options.prompt == "own":
-        encode_question(setup, row.question, options.max_new_tokens)
+        encode_question(setup, row.question, options.max_new_tokens, row.history)
+    if options.prompt == "harness" and row.history:
+        raise InputError("the harness prompt has no place for the turns before the question.")
     if measures_likelihood(options):
         length = len(encode_row(setup.tokenizer, setup.format, row).tokens)
         if setup.positions is not None and length > setup.positions:
@@ -203,9 +206,8 @@ def build_prompts(options: EvalOptions, setup: PromptSetup, rows: list[Row]) -> 
     """The prompts, and the strings that end an answer."""
     tokenizer, form = setup.tokenizer, setup.format
     if options.prompt == "own":
-        return [encode_question(setup, row.question, options.max_new_tokens) for row in rows], TEMPLATES[
-            form.template
-        ].stops
+        prompts = [encode_question(setup, row.question, options.max_new_tokens, row.history) for row in rows]
+        return prompts, stop_strings(form)
     if ignored := evaluating.ignored_settings(setup.folder):
         print(
             f"lm-evaluation-harness would obey generation_config.json's {', '.join(ignored)}; lfu does not.",
@@ -344,6 +346,8 @@ def predictions(options: EvalOptions, setup: PromptSetup) -> Iterator[Callable[[
 def describe_prompt(setup: PromptSetup, in_template: bool = True) -> str:
     """How a prompt begins."""
     shape = f"template {setup.format.template}" if in_template else "as plain text"
+    if in_template and setup.format.template == CHAT:
+        return shape  # which has its own BOS
     return f"{shape}, {'with' if setup.format.bos and setup.tokenizer.bos else 'without'} BOS"
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lfu import generate as generating
 from lfu.cli.options import InferenceOptions, encode_question, load_model, load_prompt_setup, option, require_counts
-from lfu.data.tokens import TEMPLATES
+from lfu.data.tokens import stop_strings
 from lfu.errors import InputError
 
 
@@ -25,7 +25,7 @@ def generate(options: GenerateOptions) -> str:
     loaded = load_model(options, setup)
     ((_, completion),) = generating.generate(
         loaded.config, loaded.base, setup.tokenizer, [prompt], loaded.adapters,
-        max_new_tokens=options.max_new_tokens, stop=TEMPLATES[setup.format.template].stops,
+        max_new_tokens=options.max_new_tokens, stop=stop_strings(setup.format),
     )  # fmt: skip
     print(completion.text)
     return completion.text

@@ -87,7 +87,7 @@ COMMANDS = {
     ),
 }  # fmt: skip
 GROUPS = {
-    "model": "model dtype device adapter template bos",
+    "model": "model dtype device adapter template system bos",
     "data": "data layout question answer limit drop max_length loss_on valid hold_back shots shots_data",
     "method": "method alpha lam beta layers norm rank lora_alpha recipe",
     "optimisation": "epochs batch_size micro_batch_size learning_rate warmup weight_decay max_grad_norm ema seed",

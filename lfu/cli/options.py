@@ -6,6 +6,7 @@ line (`main.py`). Read next: `train.py`.
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch.utils._pytree import tree_map
 
 from lfu import lora, model
 from lfu.checkpoints import checkpoints, describe_changes
-from lfu.data.rows import LAYOUTS, Layout, get_layout
+from lfu.data.chat import CHAT
+from lfu.data.rows import LAYOUTS, Layout, Message, get_layout
 from lfu.data.tokens import (
-    TEMPLATES,
+    TEMPLATE_NAMES,
     Format,
     ModelTokenizer,
     describe_tokens,
@@ -105,7 +107,12 @@ class RowsOptions:
 class InferenceOptions(ModelOptions):
     adapter: str | None = option("adapter folder (default: the model alone)", None)
     template: str | None = option(
-        "prompt template (default: the adapter's, else alpaca)", None, choices=list(TEMPLATES)
+        "prompt template; chat is the model's own (default: the adapter's, else alpaca)",
+        None,
+        choices=list(TEMPLATE_NAMES),
+    )
+    system: str | None = option(
+        "system turn before the question, with the template chat (default: the adapter's)", None
     )
     bos: bool | None = option(
         "BOS before the prompt (default: as the adapter was trained, or the tokenizer does)", None
@@ -140,10 +147,23 @@ def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
         template=stored.template if options.template is None else options.template,
         bos=stored.bos if options.bos is None else options.bos,
     )
-    tokenizer = load_tokenizer(folder, config.vocab_size, wanted_bos(options.bos, stored, recorded))
+    form = form._replace(system=chosen_system(form.template, options.system, stored.system))
+    bos = wanted_bos(options.bos, stored, recorded)
+    tokenizer = load_tokenizer(folder, config.vocab_size, bos, stored.template)
     if options.adapter is not None:
         require_same_tokens(Path(options.adapter), describe_tokens(tokenizer), bos=options.bos is None)
+    if CHAT in (form.template, stored.template) and form.template != stored.template:
+        tokenizer = load_tokenizer(folder, config.vocab_size, bos, form.template)
     return PromptSetup(folder, config, tokenizer, form, longest_context(folder))
+
+
+def chosen_system(template: str, given: str | None, stored: str | None = None) -> str | None:
+    """The system turn, which the template chat alone has a place for; InputError if one is given for another."""
+    if template == CHAT:
+        return stored if given is None else given
+    if given is not None:
+        raise InputError("--system is a turn of a chat: add --template chat.")
+    return None
 
 
 def wanted_bos(given: bool | None, stored: Format, recorded: dict[str, Any]) -> bool | None:
@@ -153,9 +173,11 @@ def wanted_bos(given: bool | None, stored: Format, recorded: dict[str, Any]) -> 
     return bool(recorded.get("bos")) if recorded else None
 
 
-def encode_question(setup: PromptSetup, question: str, max_new_tokens: int) -> list[int]:
+def encode_question(
+    setup: PromptSetup, question: str, max_new_tokens: int, history: Sequence[Message] = ()
+) -> list[int]:
     """A question's prompt. InputError if there is no token to continue from, or no room for as many new ones."""
-    prompt, room = prompt_ids(setup.tokenizer, setup.format, question), setup.positions
+    prompt, room = prompt_ids(setup.tokenizer, setup.format, question, history), setup.positions
     if not prompt:
         raise InputError("the question is empty, and neither template nor BOS puts a token before an answer.")
     if room is not None and len(prompt) + max_new_tokens > room:
@@ -198,6 +220,8 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
     form = Format(**{name: settings[name] for name in Format._fields if name in settings})
     if not (isinstance(form.template, str) and isinstance(form.loss_on, str) and isinstance(form.bos, bool)):
         raise InputError(f"{path}: the template and loss_on must be strings, and bos true or false.")
+    if not (form.system is None or isinstance(form.system, str)):
+        raise InputError(f"{path}: system must be a string or null, not {quote(form.system)}.")
     return form
 
 
@@ -222,7 +246,8 @@ def require_same_tokens(adapter: Path, tokens: dict[str, Any], *, bos: bool = Tr
 
 def format_flags(form: Format) -> str:
     """What to type to ask in this format."""
-    return f"--template {form.template} --{'' if form.bos else 'no-'}bos"
+    system = "" if form.system is None else f" --system {quote(form.system)}"
+    return f"--template {form.template} --{'' if form.bos else 'no-'}bos{system}"
 
 
 def cast_adapter(adapter: lora.Adapter, base: model.Params) -> lora.Adapter:

@@ -26,16 +26,18 @@ from lfu.cli.options import (
     check_writable,
     choose_device,
     choose_dtype,
+    chosen_system,
     format_flags,
     option,
     require_counts,
     require_same_tokens,
 )
 from lfu.data.batches import Example
+from lfu.data.chat import CHAT, template_file
 from lfu.data.rows import read_rows
 from lfu.data.tokens import (
     LOSS_ON,
-    TEMPLATES,
+    TEMPLATE_NAMES,
     Format,
     ModelTokenizer,
     describe_tokens,
@@ -100,7 +102,10 @@ class TrainOptions(RowsOptions, ModelOptions):
     weight_decay: float = option("weight decay of AdamW", SCHEDULE.weight_decay)
     max_grad_norm: float = option("the gradient of a step is scaled down to this norm", SCHEDULE.max_grad_norm)
     seed: int = option("seed of initialisation and order", SCHEDULE.seed)
-    template: str = option("how a question becomes a prompt", "alpaca", choices=list(TEMPLATES))
+    template: str = option(
+        "how a question becomes a prompt; chat: the model's own", "alpaca", choices=list(TEMPLATE_NAMES)
+    )
+    system: str | None = option("system turn before each row, with the template chat", None)
     bos: bool | None = option("BOS before the prompt (default: where the tokenizer puts one)", None)
     loss_on: str = option(
         "what carries loss; instruction+answer is Instruction Modelling", "answer", choices=list(LOSS_ON)
@@ -169,17 +174,16 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     config = read_config(folder / "config.json")
     schedule = Settings(**{name: getattr(options, name) for name in Settings._fields})
     validate_settings(schedule)
-    tokenizer = load_tokenizer(folder, config.vocab_size, options.bos)
+    check_template(options, folder)
+    tokenizer = load_tokenizer(folder, config.vocab_size, options.bos, options.template)
     tokens = describe_tokens(tokenizer)
-    if options.adapter is not None:
-        require_same_tokens(Path(options.adapter), tokens)
     examples, validation = split_examples(options, folder, tokenizer)
     method, chosen = methods.bind(
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
         alpha=options.alpha, lam=options.lam, beta=options.beta, layers=options.layers, norm=options.norm,
         remat=options.remat, compile=options.compile,
     )  # fmt: skip
-    start, dtype = initial_adapter(options, folder, config), choose_dtype(options.dtype, folder, device)
+    start, dtype = initial_adapter(options, folder, config, tokens), choose_dtype(options.dtype, folder, device)
     if options.compile and dtype == torch.float16:  # the compiler loses the backward pass of `half.ScaledLinear`
         raise InputError("--compile does not work in float16: leave it out, or give --dtype bfloat16 or float32.")
     chosen |= {"dtype": str(dtype).removeprefix("torch."), "bos": options.bos is not False, "tokens": tokens}
@@ -187,16 +191,28 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     return Plan(folder, config, schedule, examples, validation, method, start, dtype, record)
 
 
-def initial_adapter(options: TrainOptions, folder: Path, config: Config) -> lora.Lora:
+def check_template(options: TrainOptions, folder: Path) -> None:
+    """InputError for what a chat does not do; says so where a model has a template of its own and another is used."""
+    chosen_system(options.template, options.system)
+    if options.template == CHAT and options.loss_on != "answer":
+        raise InputError("In the template chat loss is on the answers: leave out --loss-on.")
+    if options.template != CHAT and template_file(folder) is not None:
+        print(f"{options.model} has a chat template of its own; {options.template} is used. See --template chat.")
+
+
+def prompt_format(options: TrainOptions) -> Format:
+    """How the rows become prompts."""
+    return Format(options.template, options.bos is not False, options.loss_on, options.system)
+
+
+def initial_adapter(options: TrainOptions, folder: Path, config: Config, tokens: dict[str, Any]) -> lora.Lora:
     """A fresh LoRA, or the given adapter, which must be one of this model, prompt format, rank and scale."""
     if options.adapter is None:
         return lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
-    form = adapter_format(Path(options.adapter), folder)
-    if (Path(options.adapter) / "lfu_config.json").is_file() and form[:2] != (
-        options.template,
-        options.bos is not False,
-    ):
-        raise InputError(f"{options.adapter} was trained with other prompts: give {format_flags(form)}.")
+    stored = adapter_format(Path(options.adapter), folder)._replace(loss_on=options.loss_on)
+    if (Path(options.adapter) / "lfu_config.json").is_file() and stored != prompt_format(options):
+        raise InputError(f"{options.adapter} was trained with other prompts: give {format_flags(stored)}.")
+    require_same_tokens(Path(options.adapter), tokens)
     start, scale = lora.load(Path(options.adapter), config)
     rank = len(next(iter(start[0].values())).A)
     if rank != options.rank or not math.isclose(scale, options.lora_alpha / options.rank, rel_tol=1e-6):
@@ -230,10 +246,10 @@ def split_examples(
 def read_examples(options: TrainOptions, data: str, folder: Path, tokenizer: ModelTokenizer) -> list[Example]:
     """The tokenised rows of a file; prints how many there are and which were left out."""
     rows = read_rows(data, options.reader())[: options.limit if data == options.data else None]
-    form = Format(options.template, options.bos is not False, options.loss_on)
     examples, dropped = encode_rows(
-        data, rows, tokenizer, form, max_length=options.max_length, positions=longest_context(folder), drop=options.drop
-    )
+        data, rows, tokenizer, prompt_format(options), max_length=options.max_length,
+        positions=longest_context(folder), drop=options.drop,
+    )  # fmt: skip
     supervised = sum(example.num_loss_tokens for example in examples)
     print(f"{data}: {len(examples)} rows, {supervised} tokens with loss, {len(dropped)} rows left out.")
     for reason in dropped[:10]:

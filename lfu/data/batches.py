@@ -25,7 +25,7 @@ class Example(NamedTuple):
     tokens: list[int]
     prompt_length: int  # how many of the tokens are given
     line_number: int  # the line it came from
-    instruction: range = range(0)  # which of the given tokens carry loss all the same
+    instruction: Sequence[int] = range(0)  # which of the given tokens carry loss all the same, as earlier answers
 
     @property
     def num_loss_tokens(self) -> int:

@@ -28,8 +28,14 @@ from lfu.io.files import first_few, named
 
 # --- layouts --------------------------------------------------------------------------------------
 
-Layout = Callable[[dict[str, Any]], tuple[str, str]]
-"""A row's JSON object -> (question, answer). InputError, without file and line, names the column that is at fault."""
+Message = dict[str, str]
+"""A turn of a conversation: its role (system, user or assistant) and its content."""
+
+Layout = Callable[[dict[str, Any]], tuple[Any, ...]]
+"""A row's JSON object -> (question, answer), or (question, answer, the turns before them).
+
+InputError, without file and line, names the column that is at fault.
+"""
 
 
 def columns(fields: dict[str, Any], *, question: str = "question", answer: str = "answer") -> tuple[str, str]:
@@ -84,7 +90,26 @@ def dolly(fields: dict[str, Any]) -> tuple[str, str]:
     return f"{instruction}\n{context}" if context else instruction, answer
 
 
-LAYOUTS: dict[str, Layout] = {"columns": columns, "arc": arc, "lima": lima, "dolly": dolly}
+ROLES = ("system", "user", "assistant")
+
+
+def messages(fields: dict[str, Any]) -> tuple[str, str, tuple[Message, ...]]:
+    """The last two turns of {"messages": [{"role": ..., "content": ...}, ...]}, and those before them.
+
+    The last turn is the assistant's and answers a user's. Tools, images and the like are refused, not left out.
+    """
+    turns = require_column(fields, "messages", list)
+    for turn in turns:
+        if not (isinstance(turn, dict) and set(turn) == {"role", "content"} and isinstance(turn["content"], str)):
+            raise InputError(f"column 'messages': a turn has a role and a content, a string, not {quote(turn)}.")
+        if turn["role"] not in ROLES:
+            raise InputError(f"column 'messages': a role is {', '.join(ROLES)}, not {quote(turn['role'])}.")
+    if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+        raise InputError("column 'messages' must end with a turn of the user and its answer by the assistant.")
+    return turns[-2]["content"], turns[-1]["content"], tuple(turns[:-2])
+
+
+LAYOUTS: dict[str, Layout] = {"columns": columns, "arc": arc, "lima": lima, "dolly": dolly, "messages": messages}
 
 
 def get_layout(name: str, question: str, answer: str) -> Layout:
@@ -135,6 +160,7 @@ class Row(NamedTuple):
     question: str
     answer: str
     fields: dict[str, Any]  # the whole line
+    history: tuple[Message, ...] = ()  # the turns before the question
 
 
 def read_rows(path: str | Path, layout: Layout = columns) -> list[Row]:
@@ -164,7 +190,8 @@ def read_row(path: Path, number: int, line: str, layout: Layout) -> Row:
     """One line as a Row, or InputError with its number."""
     try:
         fields = json_object(line)
-        return Row(number, *layout(fields), fields)
+        question, answer, *history = layout(fields)
+        return Row(number, question, answer, fields, *history)
     except InputError as error:
         raise InputError(f"{path}, line {number}: {error}") from error
 

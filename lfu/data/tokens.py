@@ -14,6 +14,9 @@ after EOS. Everything else is as in the natural text, in training, generation an
   other programs obey, must say the same, or `--bos` or `--no-bos` chooses.
 - A tokenizer that puts a space before every text (Llama 2's) puts one before the whole, and none between its pieces.
 
+The template `chat` is the model's own (`chat.py`). Its text is tokenised as one, special tokens and BOS where it has
+them, as transformers' `apply_chat_template` does; what it writes after the last answer's end is left out.
+
 Read next: `batches.py`.
 """
 
@@ -23,15 +26,18 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from lfu.data.batches import Example
-from lfu.data.rows import Row, with_line_number
+from lfu.data.chat import CHAT, Chat, Encode, ask, conversation, find_turns, read_chat
+from lfu.data.rows import Message, Row
+from lfu.data.special import bos_ids, choose_bos, eos_ids
 from lfu.errors import InputError, quote
-from lfu.io.files import read_json, read_optional_json
+from lfu.io.files import read_json
 
 
 class Template(NamedTuple):
@@ -58,6 +64,8 @@ TEMPLATES = {
 }
 
 
+TEMPLATE_NAMES = (*TEMPLATES, CHAT)
+
 LOSS_ON = ("answer", "instruction+answer")
 
 
@@ -75,13 +83,19 @@ class Format(NamedTuple):
     template: str = "alpaca"
     bos: bool = True
     loss_on: str = "answer"
+    system: str | None = None  # what stands before the question in the template chat
 
 
 def require_template(name: str) -> Template:
     """The template of this name; InputError if there is none."""
     if name not in TEMPLATES:
-        raise InputError(f"There is no template {name!r}; there are {', '.join(TEMPLATES)}.")
+        raise InputError(f"There is no template {name!r}; there are {', '.join(TEMPLATE_NAMES)}.")
     return TEMPLATES[name]
+
+
+def stop_strings(format: Format) -> tuple[str, ...]:
+    """The strings that end an answer in this format; in a chat a token does."""
+    return () if format.template == CHAT else require_template(format.template).stops
 
 
 class ModelTokenizer(NamedTuple):
@@ -94,17 +108,20 @@ class ModelTokenizer(NamedTuple):
     stops: frozenset[int]  # every id that ends an answer
     vocab_size: int  # the model's
     path: Path  # where it was read from
+    chat: Chat | None = None  # the model's own template, where it is used
 
 
 # --- the tokenizer of a folder --------------------------------------------------------------------
 
 
-def load_tokenizer(folder: Path, vocab_size: int, bos: bool | None = None) -> ModelTokenizer:
+def load_tokenizer(
+    folder: Path, vocab_size: int, bos: bool | None = None, template: str = Format().template
+) -> ModelTokenizer:
     """tokenizer.json and the special tokens of a model folder.
 
     EOS is the `eos_token` of tokenizer_config.json, else the first `eos_token_id` of generation_config.json or
-    config.json; all of these ids end an answer. BOS is that of `choose_bos`. InputError if one of them lies outside the
-    model's vocabulary, or for a tokenizer that cannot be used.
+    config.json; all of these ids end an answer, and in the template chat the token that ends a turn too. BOS is that of
+    `choose_bos`. InputError if one of them lies outside the model's vocabulary, or for a tokenizer that cannot be used.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -124,7 +141,14 @@ def load_tokenizer(folder: Path, vocab_size: int, bos: bool | None = None) -> Mo
     start = choose_bos(folder, backend, start, bos)
     if len(start) > 1 or not all(token < vocab_size for token in start):
         raise InputError(f"{path} puts the tokens {quote(start)} before a text, which are not one BOS of the model.")
-    return ModelTokenizer(backend, inner, start, stops[0], frozenset(stops), vocab_size, path)
+    found = ModelTokenizer(backend, inner, start, stops[0], frozenset(stops), vocab_size, path)
+    return with_chat(found, read_chat(folder, backend)) if template == CHAT else found
+
+
+def with_chat(tokenizer: ModelTokenizer, chat: Chat) -> ModelTokenizer:
+    """The tokenizer with this chat template, and with the token that ends a turn among its stops."""
+    tokens, _ = find_turns(chat, partial(token_ids, tokenizer), conversation(None, (), "a", "b"))
+    return tokenizer._replace(chat=chat, stops=tokenizer.stops | {tokens[-1]})
 
 
 @contextmanager
@@ -185,63 +209,6 @@ def growth(step: Any) -> int:
     return 1
 
 
-def bos_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What the post-processor puts before a text."""
-    bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    return tuple(full[: full.index(bare[0])])
-
-
-def choose_bos(folder: Path, backend: Tokenizer, put: tuple[int, ...], wanted: bool | None) -> tuple[int, ...]:
-    """BOS: what the tokenizer's post-processor puts before a text; where it puts none and one is wanted, the declared.
-
-    InputError if there is none to put, or if nobody chose and tokenizer_config.json contradicts the post-processor: of
-    Llama's tokenizers transformers 4 believes the former, of all others, and transformers 5 of all, the latter.
-    """
-    config, declared = tokenizer_config(folder), special_token(folder, "bos_token")
-    bos = None if declared is None else backend.token_to_id(declared)
-    if wanted and not put:
-        if bos is None:
-            raise InputError(f"{folder}: there is no BOS token to put before a text. Leave out --bos.")
-        return (bos,)
-    # transformers 4's own default, in the two classes that have one
-    default = True if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") else None
-    says = config.get("add_bos_token", default)
-    if says not in (None, True, False):
-        raise InputError(f"{folder}: add_bos_token must be true or false, not {quote(says)}.")
-    if wanted is None and says is not None and says != bool(put) and (put or bos is not None):
-        raise InputError(
-            f"{folder}: tokenizer.json puts {'a' if put else 'no'} BOS before a text, but add_bos_token in "
-            f"tokenizer_config.json is {json.dumps(says)}. Choose with --bos or --no-bos, or make them agree."
-        )
-    return put
-
-
-def eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """All EOS ids the folder declares, the one that ends training answers first."""
-    text = special_token(folder, "eos_token")
-    found: list[int | None] = [None if text is None else tokenizer.token_to_id(text)]
-    if text is not None and found == [None]:
-        raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token {quote(text)} is not in tokenizer.json.")
-    for name in ("generation_config.json", "config.json"):
-        declared = read_optional_json(folder / name).get("eos_token_id")
-        found += declared if isinstance(declared, list) else [declared]
-    return [token for place, token in enumerate(found) if token is not None and token not in found[:place]]
-
-
-def special_token(folder: Path, name: str) -> str | None:
-    """The text of tokenizer_config.json's `bos_token` or `eos_token`, if it names one."""
-    token = tokenizer_config(folder).get(name)
-    text = token.get("content") if isinstance(token, dict) else token
-    if text is not None and not isinstance(text, str):
-        raise InputError(f"{folder / 'tokenizer_config.json'}: {name} must be a text, not {quote(token)}.")
-    return text or None
-
-
-def tokenizer_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, which a folder need not have."""
-    return read_optional_json(folder / "tokenizer_config.json")
-
-
 def longest_context(folder: Path) -> int | None:
     """How many tokens the model was made for, if config.json says it; InputError if it says so oddly."""
     positions = read_json(folder / "config.json").get("max_position_embeddings")
@@ -252,7 +219,8 @@ def longest_context(folder: Path) -> int | None:
 
 def describe_tokens(tokenizer: ModelTokenizer) -> dict[str, Any]:
     """The ids that decide what a row becomes and where an answer ends, recorded with a run and with its adapter."""
-    return {"bos": list(tokenizer.bos), "eos": tokenizer.eos, "stops": sorted(tokenizer.stops)}
+    ids = {"bos": list(tokenizer.bos), "eos": tokenizer.eos, "stops": sorted(tokenizer.stops)}
+    return ids if tokenizer.chat is None else ids | {"chat_template": tokenizer.chat.sha256}
 
 
 # --- text -> tokens -------------------------------------------------------------------------------
@@ -289,9 +257,33 @@ def piece_ids(tokenizer: ModelTokenizer, bos: bool, pieces: Sequence[str]) -> li
     return [text_ids(tokenizer, bos, first), *(continued_ids(tokenizer, piece) for piece in others)]
 
 
-def prompt_ids(tokenizer: ModelTokenizer, format: Format, question: str) -> list[int]:
+def prompt_ids(tokenizer: ModelTokenizer, format: Format, question: str, history: Sequence[Message] = ()) -> list[int]:
     """[BOS] and the prompt. Training, evaluation and generation all start from these tokens."""
+    if format.template == CHAT:
+        return ask(*chat_parts(tokenizer, format), conversation(format.system, history, question))
+    refuse_history(history)
     return encode_prompt(tokenizer, format, question)[0]
+
+
+def refuse_history(history: Sequence[Message]) -> None:
+    """InputError for turns that the templates of one question have no place for."""
+    if history:
+        raise InputError("a row of several turns, or with a system turn, needs --template chat.")
+
+
+def chat_parts(tokenizer: ModelTokenizer, format: Format) -> tuple[Chat, Encode]:
+    """The chat template and the tokenizer; InputError if they were not loaded together, or for loss on the question."""
+    if tokenizer.chat is None or trains_on_question(format):
+        raise InputError("The template chat needs a tokenizer that was loaded with it, and loss on the answer only.")
+    return tokenizer.chat, partial(token_ids, tokenizer)
+
+
+def encode_chat(tokenizer: ModelTokenizer, format: Format, row: Row) -> Example:
+    """A conversation up to the end of its last turn; the earlier answers carry loss too."""
+    messages = conversation(format.system, row.history, row.question, row.answer)
+    tokens, turns = find_turns(*chat_parts(tokenizer, format), messages)
+    earlier = [place for turn in turns[:-1] for place in turn]
+    return Example(tokens, turns[-1].start, row.number, earlier)
 
 
 def encode_prompt(tokenizer: ModelTokenizer, format: Format, question: str) -> tuple[list[int], range]:
@@ -325,7 +317,10 @@ def trains_on_question(format: Format) -> bool:
 
 
 def encode_row(tokenizer: ModelTokenizer, format: Format, row: Row) -> Example:
-    """[BOS] prompt answer EOS."""
+    """[BOS] prompt answer EOS; in a chat, what the template makes of them."""
+    if format.template == CHAT:
+        return encode_chat(tokenizer, format, row)
+    refuse_history(row.history)
     prompt, instruction = encode_prompt(tokenizer, format, row.question)
     answer = answer_ids(tokenizer, format, row.answer)
     return Example([*prompt, *answer, tokenizer.eos], len(prompt), row.number, instruction)
@@ -349,8 +344,11 @@ def encode_rows(
     """
     examples, dropped = [], []
     for row in rows:
-        example = with_line_number(path, row, encode_row, tokenizer, format, row)
-        fault = rejection_reason(row, example, tokenizer, format, max_length, positions)
+        try:
+            example = encode_row(tokenizer, format, row)
+            fault = rejection_reason(row, example, tokenizer, format, max_length, positions)
+        except InputError as error:
+            fault = str(error).removesuffix(".")
         if fault and not drop:
             raise InputError(f"{path}, line {row.number}: {fault}. Fix the row, or leave such rows out with --drop.")
         if fault:
@@ -372,8 +370,9 @@ def rejection_reason(
 ) -> str | None:
     """Why a row cannot be trained on, or None. A prompt in the template plain is the user's own, special tokens too."""
     given = example.prompt_length if format.template == "plain" else len(tokenizer.bos) if format.bos else 0
-    special = [token for token in example.tokens[given:-1] if token in tokenizer.bos or token in tokenizer.stops]
-    if not (is_visible(row.question) and is_visible(row.answer)):
+    text = example.tokens[given:-1] if format.template != CHAT else []  # `require_plain` has looked at a chat's turns
+    special = [token for token in text if token in tokenizer.bos or token in tokenizer.stops]
+    if not all(map(is_visible, [row.question, row.answer, *(turn["content"] for turn in row.history)])):
         return "the question or the answer is empty"
     if len(example.tokens) > max_length:
         return f"{len(example.tokens)} tokens are more than the maximum of {max_length}"

@@ -25,7 +25,8 @@ import numpy as np
 
 from lfu.data.batches import Example
 from lfu.data.rows import Row, columns, read_rows, require_column, with_line_number
-from lfu.data.tokens import Format, ModelTokenizer, answer_ids, prompt_ids, special_token, text_ids, token_ids
+from lfu.data.special import special_token
+from lfu.data.tokens import Format, ModelTokenizer, encode_row, text_ids, token_ids
 from lfu.errors import InputError, quote
 from lfu.evaluation.estimates import Estimate, accuracy, ratio
 from lfu.evaluation.nll import Likelihood, row_likelihoods
@@ -135,9 +136,9 @@ def pair_ids(options: EncodingOptions, context: str, text: str) -> tuple[list[in
 
 
 def own_ids(options: EncodingOptions, question: str, text: str) -> tuple[list[int], list[int]]:
-    """The prompt and the text as its answer, in the tokens of training; without the EOS after it."""
-    prompt = prompt_ids(options.tokenizer, options.format, question)
-    return prompt, answer_ids(options.tokenizer, options.format, text)
+    """The prompt and the text as its answer, in the tokens of training; without the token that ends it."""
+    tokens, given, *_ = encode_row(options.tokenizer, options.format, Row(0, question, text, {}))
+    return tokens[:given], tokens[given:-1]
 
 
 def encode(

@@ -11,6 +11,7 @@ from typing import Any
 
 import test_baselines
 import test_bench
+import test_chat
 import test_data
 import test_distill
 import test_generate
@@ -263,6 +264,14 @@ LEARNED = equal("answer and EOS carry loss, and nothing else", test_data.learned
 INSTRUCTION = equal("instruction, answer and EOS carry loss, and nothing else", test_instruction.learned_text)
 SPACE = equal("the space before a question carries loss with it", test_instruction.space_before_the_question)
 EMPTY = equal("an empty instruction changes nothing", lambda: test_instruction.without_instruction("alpaca"))
+
+
+def chat_turns() -> tuple[Any, Any]:
+    with TemporaryDirectory() as folder:
+        return test_chat.learned_turns(Path(folder), "chatml", None, 2)
+
+
+CHAT = equal("answers and the tokens that end them carry loss, and nothing else", chat_turns)
 INSTRUCTION_SUPERVISED = equal(
     "labels that are predicted are counted, instruction first", test_instruction.supervised_and_predicted
 )

@@ -771,6 +771,21 @@ DATA = [
         ("instruction carries none", "labels[place] = example.tokens[place]", "pass", checks.INSTRUCTION),
     ),
     *mistakes_in(
+        "data.chat.find_turns",
+        ("the end of a turn carries none", "ends[0] + 1)", "ends[0])", checks.CHAT),
+        ("the template's text after a turn carries loss", "ends[0] + 1)", "len(done))", checks.CHAT),
+        (
+            "the words that ask for a turn carry loss",
+            "messages[:place], prompt=True)",
+            "messages[:place])",
+            checks.CHAT,
+        ),
+    ),
+    *mistakes_in(
+        "data.tokens.encode_chat",
+        ("earlier answers carry none", "turns[:-1]", "turns[:0]", checks.CHAT),
+    ),
+    *mistakes_in(
         "data.batches.collate",
         ("padding carries loss", "for example in examples], IGNORED)", "for example in examples])", checks.COLLATED),
     ),
