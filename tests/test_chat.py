@@ -20,8 +20,8 @@ from lfu.data.rows import Row, messages, read_rows
 from lfu.data.tokens import Format, ModelTokenizer, encode_row, encode_rows, load_tokenizer, prompt_ids
 
 CHATML = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}\n"  # trim_blocks and lstrip_blocks take what stands around a line's blocks
+    "    {% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
