@@ -187,9 +187,9 @@ def check_folder(out: Path, record: dict[str, Any], resume: bool, assumed: dict[
         return
     if not (out / "settings.json").is_file():
         raise InputError(f"{out / 'settings.json'} does not exist: there is no run to continue. Leave out --resume.")
-    for name in ("checkpoints", "log.jsonl"):
-        if (out / name).is_symlink():
-            raise InputError(f"{out / name} is a link: a run writes and removes in its own folder alone.")
+    for name, kind in (("checkpoints", Path.is_dir), ("log.jsonl", Path.is_file)):
+        if os.path.lexists(out / name) and ((out / name).is_symlink() or not kind(out / name)):
+            raise InputError(f"{out / name} is not of this run, which keeps its own there: remove it.")
     before = (record if assumed is None else assumed) | read_json(out / "settings.json")
     if changed := describe_changes(before, deciding(record)):
         raise InputError(f"{out} holds another run: {changed}. Give the same settings, or another --out.")
@@ -287,6 +287,8 @@ def save_on_failure(run: Run, steps: Iterator[StepMetrics], done: int) -> Iterat
         if done == 0:
             for name in ("settings.json", "log.jsonl"):
                 (run.out / name).unlink(missing_ok=True)
+            with suppress(OSError):  # there is something else in it
+                run.out.rmdir()
         raise
     except (MemoryError, ConnectionError):
         if done > 0 and not run.state and not checkpoint_folder(run.out, done).exists():

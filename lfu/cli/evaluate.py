@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -332,14 +332,21 @@ def predictions(options: EvalOptions, setup: PromptSetup) -> Iterator[Callable[[
         yield lambda row, found: None
         return
     write_json(unfinished(options.out), identity(options, setup))
-    with open(options.out, "a", encoding="utf-8") as file:
+    try:
+        with open(options.out, "a", encoding="utf-8") as file:
 
-        def write(row: Row, found: dict[str, Any]) -> None:
-            with named(Path(options.out or "")):
-                file.write(json_line(row.fields | {"row": row.number} | found))
-                file.flush()
+            def write(row: Row, found: dict[str, Any]) -> None:
+                with named(Path(file.name)):
+                    file.write(json_line(row.fields | {"row": row.number} | found))
+                    file.flush()
 
-        yield write
+            yield write
+    except BaseException:
+        with suppress(OSError):
+            if not Path(options.out).stat().st_size:  # nothing was found that could be continued
+                Path(options.out).unlink()
+                unfinished(options.out).unlink()
+        raise
     unfinished(options.out).unlink()
 
 

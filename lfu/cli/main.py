@@ -128,10 +128,13 @@ LONGEST = 480
 
 def say(message: str) -> None:
     """Print one sentence. What it quotes of names and libraries cannot act on the terminal, nor fill it."""
-    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
-    cut = shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 2 :]}"
     with suppress(OSError):  # nobody is there to read it
-        print(f"lfu: {cut}", file=sys.stderr)
+        print(f"lfu: {cut(message)}", file=sys.stderr)
+
+
+def cut(message: str) -> str:
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 2 :]}"
 
 
 def require_usable(parsed: dict[str, Any]) -> None:
@@ -199,7 +202,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, with the choice that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {cut(message)}\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
