@@ -219,7 +219,9 @@ def reps_variant(
     def perturbed(task: Lora) -> list[Tensor]:
         tokens, labels = perturbed_on or batch
         if turned:
-            found = compared(tokens, product=released.steered_mlp_product(base, task, SCALE, undesirable, alpha))
+            others = released.without_down_proj(task), SCALE
+            product = released.steered_mlp_product(base, task, SCALE, undesirable, alpha)
+            found = compared(tokens, [others], product=product)
         else:
             found = compared(tokens, [(task, SCALE)], Steering(undesirable, where(labels).bool()))
         return [released.match_length(h, batch.tokens.shape[1]) for h in found]

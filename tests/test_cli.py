@@ -865,7 +865,7 @@ def test_an_adapter_whose_settings_are_of_another_kind_is_refused(
     path = shutil.copytree(adapter, tmp_path / "adapter") / "lfu_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert lfu("eval", model=MINI, adapter=path.parent, data=data) == 2
-    assert refusal(capsys) == f"{path}: the template and loss_on must be strings, and bos true or false."
+    assert refusal(capsys).startswith(f"{path}: template, loss_on and bos are ")
 
 
 def test_a_change_in_the_middle_of_a_file_is_another_model(tmp_path: Path) -> None:

@@ -97,12 +97,9 @@ def released_reps(
     if not state:
         state |= new_state(config, generator, x.dtype)
 
-    # What `product` returns for down_proj has its adapter already.
-    others = [{name: pair for name, pair in layer.items() if name != "down_proj"} for layer in task]
-
     def reversed_loss(vectors: Tensor) -> tuple[Tensor, Any]:
         product = steered_mlp_product(base, task, scale, vectors, alpha)
-        logits, hidden = forward(config, base, other.tokens, [(others, scale)], product=product)
+        logits, hidden = forward(config, base, other.tokens, [(without_down_proj(task), scale)], product=product)
         return sft_loss(logits, other.labels), states(config, base, x_other, hidden)
 
     def objective(task: Lora) -> tuple[Tensor, Any]:
@@ -147,6 +144,11 @@ def steered_mlp_product(base: Params, task: Lora, scale: float, vectors: Tensor,
         return y.norm(dim=-1, keepdim=True) * F.normalize(direction, dim=-1)
 
     return product
+
+
+def without_down_proj(task: Lora) -> Lora:
+    """The adapters beside `steered_mlp_product`, which has that of down_proj already."""
+    return [{name: pair for name, pair in layer.items() if name != "down_proj"} for layer in task]
 
 
 def match_length(h: Tensor, length: int) -> Tensor:  # [B,S,D] -> [B,T,D]

@@ -21,6 +21,7 @@ from lfu.checkpoints import checkpoints, describe_changes
 from lfu.data.chat import CHAT
 from lfu.data.rows import LAYOUTS, Layout, Message, get_layout
 from lfu.data.tokens import (
+    LOSS_ON,
     TEMPLATE_NAMES,
     Format,
     ModelTokenizer,
@@ -218,8 +219,9 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
             f"hold the same weights, remove {path.name} and give the --template."
         )
     form = Format(**{name: settings[name] for name in Format._fields if name in settings})
-    if not (isinstance(form.template, str) and isinstance(form.loss_on, str) and isinstance(form.bos, bool)):
-        raise InputError(f"{path}: the template and loss_on must be strings, and bos true or false.")
+    if form.template not in TEMPLATE_NAMES or form.loss_on not in LOSS_ON or not isinstance(form.bos, bool):
+        said = quote([form.template, form.loss_on, form.bos])
+        raise InputError(f"{path}: template, loss_on and bos are {said}: lfu knows no such format.")
     if not (form.system is None or isinstance(form.system, str)):
         raise InputError(f"{path}: system must be a string or null, not {quote(form.system)}.")
     return form
