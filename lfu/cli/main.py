@@ -100,6 +100,7 @@ GROUPS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Input that cannot be used ends in one sentence and status 2."""
     keep_freed_memory()
+    os.environ["RUST_BACKTRACE"] = "0"  # of tokenizers, whose panics `data/tokens.py` turns into a sentence
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal knows the letters of an answer, or ±
     parsed = vars(parse(arguments))
