@@ -11,7 +11,6 @@ Interrupted, it goes on from its last checkpoint with `resume=True`. Read next: 
 
 import fcntl
 import json
-import math
 import os
 import signal
 import sys
@@ -246,7 +245,16 @@ def log_line(metrics: StepMetrics, seconds: float) -> dict[str, float]:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log that tell of a step, or of the validation before the first."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return [json.loads(line) for line in text.split("\n") if step_of(line) < math.inf]
+    return [found for line in text.split("\n") if (found := parse_log_line(line)) is not None]
+
+
+def parse_log_line(line: str) -> dict[str, Any] | None:
+    """What a line of the log says; None if it tells of no step."""
+    with suppress(ValueError, TypeError, LookupError, RecursionError):
+        found = json.loads(line)
+        if type(found["step"]) is int and found["step"] >= 0:
+            return found
+    return None
 
 
 def read_history(path: Path) -> History:
@@ -258,18 +266,10 @@ def truncate_log(path: Path, step: int) -> None:
     """Drop the log lines of steps after `step`, which a resumed run will write again, and what is no line of a step."""
     if not path.is_file():
         return
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if step_of(line) <= step]
-    write_text(path, "".join(f"{line}\n" for line in lines))
-    if lost := step - sum(step_of(line) > 0 for line in lines):
+    lines = [line for line in read_log(path) if line["step"] <= step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    if lost := step - sum(line["step"] > 0 for line in lines):
         print(f"{path} lacks {lost} of the {step} steps before: it was damaged. The run is not.")
-
-
-def step_of(line: str) -> float:
-    """The step that a line of the log tells of; infinity if it tells of none."""
-    with suppress(ValueError, TypeError, LookupError, RecursionError):
-        step = json.loads(line)["step"]
-        return step if type(step) is int and step >= 0 else math.inf
-    return math.inf
 
 
 def save_on_failure(run: Run, steps: Iterator[StepMetrics], done: int) -> Iterator[StepMetrics]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from lfu import generate as generating
+from lfu.checkpoints import checkpoints
 from lfu.cli import command_parsers, main, parser
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
@@ -60,6 +62,15 @@ def write_rows(path: Path, rows: Iterable[Any]) -> Path:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def cut_to(run: Path, out: Path, step: int) -> Path:
+    """A copy of a run as it was when only the checkpoints up to `step` had been written."""
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "adapter")
+    for path in checkpoints(out)[step:]:
+        shutil.rmtree(path)
+    return out
 
 
 # --- what it did ----------------------------------------------------------------------------------

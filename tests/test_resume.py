@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import MINI, environment, read_lines, refusal, uneven_sums, write_rows
+from commands import MINI, cut_to, environment, read_lines, refusal, uneven_sums, write_rows
 
 from lfu import cli, methods
 from lfu.checkpoints import checkpoints
@@ -161,15 +161,6 @@ def test_a_step_that_cannot_be_made_costs_no_other(
     assert saved == ([] if method == "released-reps" else ["step-3"])
     assert train(out, data, method=method, save_every=100, resume=True) == 0
     assert_same(out, unbroken(method))
-
-
-def cut_to(run: Path, out: Path, step: int) -> Path:
-    """A copy of a run as it was when only the checkpoints up to `step` had been written."""
-    shutil.copytree(run, out)
-    shutil.rmtree(out / "adapter")
-    for path in checkpoints(out)[step:]:
-        shutil.rmtree(path)
-    return out
 
 
 def test_the_log_is_cut_to_the_checkpoint(data: Path, unbroken: Callable[..., Path], tmp_path: Path) -> None:

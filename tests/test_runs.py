@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import MINI, lfu, read_lines, refusal, uneven_sums, write_rows
+from commands import MINI, cut_to, lfu, read_lines, refusal, uneven_sums, write_rows
 
 from lfu import Format, bind, encode_rows, init, load, load_tokenizer, methods, read_rows, train_run
 from lfu.checkpoints import checkpoints
@@ -45,11 +45,7 @@ def finished(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stopped(finished: Path, tmp_path: Path) -> Path:
     """The same run, stopped after step 4."""
-    out = shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(out / "adapter")
-    for path in checkpoints(out)[4:]:
-        shutil.rmtree(path)
-    return out
+    return cut_to(finished, tmp_path / "run", 4)
 
 
 def resume(out: Path, rows: Path) -> int:

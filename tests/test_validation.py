@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import MINI, environment, flags, lfu, read_lines, refusal, write_rows
+from commands import MINI, cut_to, environment, flags, lfu, read_lines, refusal, write_rows
 
 from lfu import Format, encode_rows, load, load_tokenizer, lora, read_rows
 from lfu.checkpoints import checkpoints
@@ -54,15 +54,6 @@ def weights(out: Path) -> dict[str, bytes]:
 
 def history(out: Path) -> list[tuple[int, float]]:
     return [(int(line["step"]), line["valid"]) for line in read_lines(out / "log.jsonl") if "valid" in line]
-
-
-def cut_to(run: Path, out: Path, step: int) -> Path:
-    """A copy of a run as it was when its last checkpoint was that of `step`."""
-    shutil.copytree(run, out)
-    shutil.rmtree(out / "adapter")
-    for path in checkpoints(out)[step:]:
-        shutil.rmtree(path)
-    return out
 
 
 # --- what is measured -----------------------------------------------------------------------------
