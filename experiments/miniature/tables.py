@@ -157,7 +157,8 @@ def table_3(times: dict[str, list[float]]) -> str:
         ]
         for row, seconds in times.items()
     ]
-    return markdown(["method", "time of a gradient, SFT = 1: median of 50 rounds (least to greatest)", "paper"], rows)
+    table = markdown(["method", "time of a gradient, SFT = 1", "paper"], rows)
+    return f"{table}\n\nMedian of 50 rounds (least to greatest)."
 
 
 # --- the other tables -----------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def frontier_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
     head = ["method", "seeds", "task", "kept", "kept beyond SFT of the same task score", "seeds within SFT's scores"]
     fast = f"SFT at {max(plan.TWO_RATES):g}"
     table = difference_table(look_up, plan.faster(choices), curve[fast])
-    return "\n\n".join([markdown(head, rows), *less_sft("At the rate at which SFT forgets", table)])
+    return "\n\n".join([markdown(head, rows), *less_sft(f"At {max(plan.TWO_RATES):g}", table)])
 
 
 def beside_the_curve(choices: plan.Choices) -> dict[str, list[Spec]]:
@@ -365,11 +366,12 @@ def settings(trial: Trial) -> list[str]:
     return [f"{rate:g}", ", ".join([method, *(f"{name} {value}" for name, value in hyper)])]
 
 
-def squares_line(look_up: plan.LookUp) -> str:
+def squares_table(look_up: plan.LookUp) -> str:
     """What an absolute norm of a block's change is proportional to."""
     squares = look_up(plan.base(measures=("squares",)))["squares"]
-    by_block = ", ".join(f"{square:.0f}" for square in squares)
-    return f"Mean square of the bare model's states, by block: {by_block}; of all blocks {mean(squares).value:.0f}."
+    heads = [f"block {block}" for block in range(1, len(squares) + 1)]
+    cells = [f"{square:.0f}" for square in [*squares, mean(squares).value]]
+    return f"### Size of the states\n\n{markdown(['bare model', *heads, 'all'], [['mean square', *cells]])}"
 
 
 def rewritten_line(look_up: plan.LookUp, choices: plan.Choices) -> str:
