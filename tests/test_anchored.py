@@ -293,7 +293,7 @@ def test_the_forecast_counts_reference_and_snapshot(
         ({"anchor_alpha": 1.5}, "anchor-alpha is the reference's share of the anchor, from 0 to 1, not 1.5"),
         ({"stages": 0}, "stages must be at least 1"),
         ({"template": "question"}, "was trained with other prompts: give --template plain"),
-        ({"lam": 1.0}, "The method anchored has no lambda"),
+        ({"lambda": 1.0}, "The method anchored has no lambda"),
     ],
 )
 def test_what_cannot_be_used_is_refused(

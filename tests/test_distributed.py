@@ -61,6 +61,15 @@ def test_two_processes_train_what_one_trains(data: Path, tmp_path: Path) -> None
             assert mine[name] == pytest.approx(expected[name], rel=1e-11)
 
 
+def test_two_processes_take_the_same_snapshots(data: Path, tmp_path: Path) -> None:
+    """Anchored Learning, whose stages each freeze what all processes have."""
+    assert run(1, tmp_path / "sft", data, method="sft", epochs=1).returncode == 0
+    how = {"method": "anchored", "reference": tmp_path / "sft" / "adapter", "stages": 2, "epochs": 1}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(1, one, data, **how).returncode == run(2, two, data, **how).returncode == 0
+    assert distance(weights(two), weights(one)) < CLOSE
+
+
 def test_more_processes_than_micro_batches(data: Path, tmp_path: Path) -> None:
     one, three = tmp_path / "one", tmp_path / "three"
     options = {"limit": 4, "epochs": 2}  # two micro-batches a step

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.miniature import plan, tables
+from experiments.miniature import plan, stopped, tables
 from experiments.miniature.mini import Spec, found
 
 
@@ -73,6 +73,8 @@ def sections(data: dict[str, Any]) -> dict[str, Callable[[], str]]:
         "Figure 5: five prompts": lambda: tables.figure_5(look_up, choices),
         "Figure 6: noise on the embeddings": lambda: tables.figure_6(look_up, choices),
         "More than a slower SFT?": lambda: tables.frontier_tables(look_up, choices),
+        "Every method at its own best step": lambda: stopped.stopped_tables(look_up, choices),
+        "Anchored Learning": lambda: stopped.anchored_tables(look_up, choices),
         "The norm": lambda: f"{by_name(('norm relative, lambda',))}\n\n{tables.squares_table(look_up)}",
         "Micro-batch and precision": lambda: tables.causes_table(look_up, choices),
         "All trials": lambda: tables.trials_table(look_up, plan.TRIALS | plan.MORE_TRIALS),

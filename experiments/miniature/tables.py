@@ -1,7 +1,7 @@
 """Every table of the paper in miniature with its errors, beside the paper's numbers.
 
 A mean is over seeds, ± its standard error. Differences from SFT are paired by seed, with a 95 % interval (`seeds.py`).
-Read next: `report.py`.
+Read next: `stopped.py`.
 """
 
 import statistics

@@ -1048,6 +1048,12 @@ BASELINES = [
             "torch.lerp(far, near, alpha), dim=-1)",
             checks.ANCHORED,
         ),
+        (
+            "shares of probabilities exchanged",
+            "F.softmax(near, dim=-1), F.softmax(far, dim=-1), alpha",
+            "F.softmax(far, dim=-1), F.softmax(near, dim=-1), alpha",
+            checks.anchored("probabilities"),
+        ),
         ("probabilities for logits", 'if space == "logits":', 'if space != "logits":', checks.ANCHORED),
     ),
     *mistakes_in(
