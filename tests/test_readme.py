@@ -42,12 +42,19 @@ def arguments(command: str) -> list[str]:
 def test_every_command_is_one(text: str) -> None:
     for command in typed(text):
         program, *words = shlex.split(command, comments=True)
+        if "=" in program:
+            continue
         if program == "make":
             assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text(), command
         elif given := arguments(command):
             parser().parse_args(given)
         else:
             assert program in (".", "curl", "hf", "lm_eval", "pip"), command
+
+
+@manual
+def test_commands_do_not_scroll(text: str) -> None:
+    assert not [line for line in re.findall(r"^    .*", text, re.MULTILINE) if len(line) > 104]
 
 
 @manual
