@@ -137,7 +137,7 @@ def test_the_screen_calls_what_the_gradient_calls() -> None:
     assert not [name for name in names if not re.search(rf"\b{name}\b", source)]
 
 
-# --- numbers and links ----------------------------------------------------------------------------
+# --- numbers and files ----------------------------------------------------------------------------
 
 
 def test_the_mistakes_are_counted() -> None:
@@ -164,9 +164,3 @@ def test_hours_and_gib_follow_from_the_measured_steps() -> None:
 def test_the_code_map_has_every_file() -> None:
     text = (ROOT / "docs" / "code-map.md").read_text(encoding="utf-8")
     assert not [path for path in (ROOT / "lfu").rglob("*.py") if f"](../{path.relative_to(ROOT)})" not in text]
-
-
-@page
-def test_links_lead_to_files(page: Path) -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
-        assert (page.parent / link).exists(), link
