@@ -79,6 +79,9 @@ def test_the_commands_on_the_small_model_run(
     capsys.readouterr()
     assert main(arguments(*readme)) == 0
     assert "Selin has" in capsys.readouterr().out
+    bare = ["generate", "--model", "weights/mini", "--template", "question"]
+    assert main([*bare, *arguments(*readme)[-2:]]) == 0
+    assert "#### 16" in capsys.readouterr().out
 
 
 def unknown_options(text: str) -> list[str]:
