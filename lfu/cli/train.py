@@ -28,12 +28,14 @@ from lfu.cli.options import (
     choose_dtype,
     chosen_system,
     format_flags,
+    note_template,
     option,
+    read_format,
     require_counts,
     require_same_tokens,
 )
 from lfu.data.batches import Example
-from lfu.data.chat import CHAT, template_file
+from lfu.data.chat import CHAT
 from lfu.data.rows import read_rows
 from lfu.data.tokens import (
     LOSS_ON,
@@ -102,11 +104,17 @@ class TrainOptions(RowsOptions, ModelOptions):
     weight_decay: float = option("weight decay of AdamW", SCHEDULE.weight_decay)
     max_grad_norm: float = option("the gradient of a step is scaled down to this norm", SCHEDULE.max_grad_norm)
     seed: int = option("seed of initialisation and order", SCHEDULE.seed)
-    template: str = option(
-        "how a question becomes a prompt; chat: the model's own", "alpaca", choices=list(TEMPLATE_NAMES)
+    template: str | None = option(
+        "how a question becomes a prompt; chat: the model's own (default: as the model says, else alpaca)",
+        None,
+        choices=list(TEMPLATE_NAMES),
     )
-    system: str | None = option("system turn before each row, with the template chat", None)
-    bos: bool | None = option("BOS before the prompt (default: where the tokenizer puts one)", None)
+    system: str | None = option(
+        "system turn before each row, with the template chat (default: as the model says)", None
+    )
+    bos: bool | None = option(
+        "BOS before the prompt (default: as the model says, else where the tokenizer puts one)", None
+    )
     loss_on: str = option(
         "what carries loss; instruction+answer is Instruction Modelling", "answer", choices=list(LOSS_ON)
     )
@@ -174,43 +182,48 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     config = read_config(folder / "config.json")
     schedule = Settings(**{name: getattr(options, name) for name in Settings._fields})
     validate_settings(schedule)
-    check_template(options, folder)
-    tokenizer = load_tokenizer(folder, config.vocab_size, options.bos, options.template)
+    form = choose_format(options, folder)
+    tokenizer = load_tokenizer(folder, config.vocab_size, options.bos if form.bos else False, form.template)
     tokens = describe_tokens(tokenizer)
-    examples, validation = split_examples(options, folder, tokenizer)
+    examples, validation = split_examples(options, form, folder, tokenizer)
     method, chosen = methods.bind(
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
         alpha=options.alpha, lam=options.lam, beta=options.beta, layers=options.layers, norm=options.norm,
         remat=options.remat, compile=options.compile,
     )  # fmt: skip
-    start, dtype = initial_adapter(options, folder, config, tokens), choose_dtype(options.dtype, folder, device)
+    start, dtype = initial_adapter(options, form, folder, config, tokens), choose_dtype(options.dtype, folder, device)
     if options.compile and dtype == torch.float16:  # the compiler loses the backward pass of `half.ScaledLinear`
         raise InputError("--compile does not work in float16: leave it out, or give --dtype bfloat16 or float32.")
-    chosen |= {"dtype": str(dtype).removeprefix("torch."), "bos": options.bos is not False, "tokens": tokens}
-    record = record_run(options, folder, chosen)
+    chosen |= {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens}
+    record = record_run(options, folder, form._asdict() | chosen)
     return Plan(folder, config, schedule, examples, validation, method, start, dtype, record)
 
 
-def check_template(options: TrainOptions, folder: Path) -> None:
-    """InputError for what a chat does not do; says so where a model has a template of its own and another is used."""
-    chosen_system(options.template, options.system)
-    if options.template == CHAT and options.loss_on != "answer":
+def choose_format(options: TrainOptions, folder: Path) -> Format:
+    """How the rows become prompts: as given, else as in the run that is resumed, else as the model says.
+
+    Says so where the model was made for another template. InputError for what a chat does not do.
+    """
+    said = read_format(folder / "lfu_config.json")
+    begun = read_format(Path(options.out) / "settings.json") if options.resume else None
+    stored = begun or said or Format()
+    template = stored.template if options.template is None else options.template
+    bos = stored.bos if options.bos is None else options.bos
+    form = Format(template, bos, options.loss_on, chosen_system(template, options.system, stored.system))
+    if form.template == CHAT and form.loss_on != "answer":
         raise InputError("In the template chat loss is on the answers: leave out --loss-on.")
-    if options.template != CHAT and template_file(folder) is not None:
-        print(f"{options.model} has a chat template of its own; {options.template} is used. See --template chat.")
+    note_template(options.model, folder, said, form.template)
+    return form
 
 
-def prompt_format(options: TrainOptions) -> Format:
-    """How the rows become prompts."""
-    return Format(options.template, options.bos is not False, options.loss_on, options.system)
-
-
-def initial_adapter(options: TrainOptions, folder: Path, config: Config, tokens: dict[str, Any]) -> lora.Lora:
+def initial_adapter(
+    options: TrainOptions, form: Format, folder: Path, config: Config, tokens: dict[str, Any]
+) -> lora.Lora:
     """A fresh LoRA, or the given adapter, which must be one of this model, prompt format, rank and scale."""
     if options.adapter is None:
         return lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
-    stored = adapter_format(Path(options.adapter), folder)._replace(loss_on=options.loss_on)
-    if (Path(options.adapter) / "lfu_config.json").is_file() and stored != prompt_format(options):
+    stored = adapter_format(Path(options.adapter), folder)
+    if stored is not None and stored._replace(loss_on=form.loss_on) != form:
         raise InputError(f"{options.adapter} was trained with other prompts: give {format_flags(stored)}.")
     require_same_tokens(Path(options.adapter), tokens)
     start, scale = lora.load(Path(options.adapter), config)
@@ -224,7 +237,7 @@ def initial_adapter(options: TrainOptions, folder: Path, config: Config, tokens:
 
 
 def split_examples(
-    options: TrainOptions, folder: Path, tokenizer: ModelTokenizer
+    options: TrainOptions, form: Format, folder: Path, tokenizer: ModelTokenizer
 ) -> tuple[list[Example], Validation | None]:
     """The rows to train on, and those for validation, if there are any."""
     if options.valid is not None and options.hold_back is not None:
@@ -232,10 +245,10 @@ def split_examples(
     if options.valid is None and options.hold_back is None:
         if options.eval_every is not None or options.patience is not None:
             raise InputError("eval-every and patience need rows for validation: give --valid or --hold-back.")
-        return read_examples(options, options.data, folder, tokenizer), None
-    examples = read_examples(options, options.data, folder, tokenizer)
+        return read_examples(options, form, options.data, folder, tokenizer), None
+    examples = read_examples(options, form, options.data, folder, tokenizer)
     if options.valid is not None:
-        held = read_examples(options, options.valid, folder, tokenizer)
+        held = read_examples(options, form, options.valid, folder, tokenizer)
     else:
         examples, held = hold_back(examples, options.hold_back or 0, options.seed)
         lines = first_few([str(example.line_number) for example in held], 10)
@@ -243,12 +256,14 @@ def split_examples(
     return examples, Validation(held, options.eval_every, options.patience)
 
 
-def read_examples(options: TrainOptions, data: str, folder: Path, tokenizer: ModelTokenizer) -> list[Example]:
+def read_examples(
+    options: TrainOptions, form: Format, data: str, folder: Path, tokenizer: ModelTokenizer
+) -> list[Example]:
     """The tokenised rows of a file; prints how many there are and which were left out."""
     rows = read_rows(data, options.reader())[: options.limit if data == options.data else None]
     examples, dropped = encode_rows(
-        data, rows, tokenizer, prompt_format(options), max_length=options.max_length,
-        positions=longest_context(folder), drop=options.drop,
+        data, rows, tokenizer, form, max_length=options.max_length, positions=longest_context(folder),
+        drop=options.drop,
     )  # fmt: skip
     supervised = sum(example.num_loss_tokens for example in examples)
     print(f"{data}: {len(examples)} rows, {supervised} tokens with loss, {len(dropped)} rows left out.")
