@@ -43,6 +43,22 @@ def option(help: str, default: Any = MISSING, **how: Any) -> Any:
     return field(default=default, metadata={"help": help, **how})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the commands' options have in common: a path may be given as a Path; it is kept as text, as JSON has it."""
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, as_text(value))
+
+
+def as_text(value: Any) -> Any:
+    """A value in which each Path is a text."""
+    if isinstance(value, list):
+        return [as_text(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 MOST_BLOCKS = 10_000
 
 
@@ -80,7 +96,7 @@ def check_writable(out: str | Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(Options):
     model: str = option("model folder, or hub id such as meta-llama/Llama-3.1-8B")
     dtype: str | None = option(
         "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
@@ -89,7 +105,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsOptions:
+class RowsOptions(Options):
     data: str = option("JSONL file of questions and reference answers")
     layout: str = option("what the rows of the data look like: see lfu/data/rows.py", "columns", choices=list(LAYOUTS))
     question: str = option("name of the question column", "question")
