@@ -37,7 +37,7 @@ class DistillOptions(RowsOptions, ModelOptions):
     model: str = option("model folder or hub id; the model that will be fine-tuned")
     out: str = option("JSONL file for the same rows with their new answers, written as they come; must not exist")
     recipe: str = option(
-        "how to ask: see lfu/baselines/sdft.py; all but general also compare the last integers",
+        "SDFT's prompt for rewriting; all but general take an answer only with the last integer of the reference",
         "gsm8k",
         choices=list(RECIPES),
     )

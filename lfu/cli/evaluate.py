@@ -51,7 +51,7 @@ class EvalOptions(RowsOptions, InferenceOptions):
         choices=[*evaluating.SCORES, *likelihoods.SCORES],
     )
     prompt: str = option(
-        "own: the adapter's template; harness: lm-evaluation-harness', which is gsm8k's for generated answers and the "
+        "own: the template; harness: lm-evaluation-harness', which is gsm8k's for generated answers and the "
         "bare question column for choices and mc2",
         "own",
         choices=["own", "harness"],

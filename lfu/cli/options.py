@@ -107,7 +107,9 @@ class ModelOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class RowsOptions(Options):
     data: str = option("JSONL file of questions and reference answers")
-    layout: str = option("what the rows of the data look like: see lfu/data/rows.py", "columns", choices=list(LAYOUTS))
+    layout: str = option(
+        "what the rows hold: two columns, those of a published data set, or messages", "columns", choices=list(LAYOUTS)
+    )
     question: str = option("name of the question column", "question")
     answer: str = option("name of the answer column", "answer")
     limit: int | None = option("use only the first rows of the file", None)
@@ -132,7 +134,7 @@ class InferenceOptions(ModelOptions):
         "system turn before the question, with the template chat (default: as the adapter or model says)", None
     )
     bos: bool | None = option(
-        "BOS before the prompt (default: as the adapter was trained, or the tokenizer does)", None
+        "BOS before the prompt (default: as the adapter or model says, else where the tokenizer puts one)", None
     )
 
 

@@ -60,9 +60,10 @@ from lfu.validation import Validation, hold_back
 
 
 def published(name: str) -> str:
-    """The default of a hyper-parameter, method by method."""
-    defaults = {method: spec.published[name] for method, spec in methods.METHODS.items() if name in spec.published}
-    return ", ".join(f"{value:g} of {method}" for method, value in defaults.items())
+    """The default of a hyper-parameter, and the methods that have it."""
+    found = {method: spec.published[name] for method, spec in methods.METHODS.items() if name in spec.published}
+    takers = {value: ", ".join(each for each in found if found[each] == value) for value in found.values()}
+    return "; ".join(f"{value:g} for {names}" for value, names in takers.items())
 
 
 SCHEDULE = Settings()
@@ -72,40 +73,51 @@ SCHEDULE = Settings()
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RowsOptions, ModelOptions):
     out: str = option("folder of the run; must not hold another one")
-    method: str = option("what to train with", "lfu-lora", choices=list(methods.METHODS))
-    alpha: float | None = option(f"length of the ascent, strength of the noise (default: {published('alpha')})", None)
+    method: str = option("how to train: see lfu methods", "lfu-lora", choices=list(methods.METHODS))
+    alpha: float | None = option(
+        f"length of the step that raises the loss, or scale of neftune's noise (default: {published('alpha')})", None
+    )
     lam: float | None = option(f"weight λ of what is added to the SFT loss (default: {published('lam')})", None)
     beta: float | None = option(
         f"temperature of GEM, share of the reference in anchored (default: {published('beta')})", None
     )
-    layers: list[int] | None = option("blocks to compare, such as 1-11 (default: all)", None, type=block_numbers)
+    layers: list[int] | None = option(
+        "blocks whose hidden states LfU compares, such as 1-11 (default: all)",
+        None,
+        type=block_numbers,
+        metavar="BLOCKS",
+    )
     norm: str | None = option(
-        "for lfu: mean over features (default); sum, as printed; relative to h. For l1 and l2: mean (default); sum",
+        "how LfU, l1 and l2 measure hidden states: mean over the features (default); sum over them, as the paper "
+        "prints it; for LfU also relative to their size",
         None,
         choices=list(NORMS),
     )
-    rank: int = option("rank of the LoRA", 8)
-    lora_alpha: float = option("scale of the LoRA times its rank", 16.0)
-    valid: str | None = option("JSONL file of rows for validation: their NLL between steps, and OUT/best", None)
-    hold_back: int | None = option("take this many rows of the data, chosen by the seed, for validation instead", None)
+    rank: int = option("rank r of the LoRA", 8)
+    lora_alpha: float = option("α of the LoRA, which adds (α / r) B A x to W x", 16.0)
+    valid: str | None = option(
+        "JSONL file of validation rows; OUT/best is the adapter with the lowest NLL on them", None
+    )
+    hold_back: int | None = option("instead of --valid: set this many rows of the data aside, chosen by the seed", None)
     eval_every: int | None = option("steps between validations (default: an epoch)", None)
     patience: int | None = option("stop after this many validations without a new best", None)
     adapter: str | None = option("adapter folder to continue from, with a new optimizer (default: a fresh LoRA)", None)
-    ema: float | None = option("also write OUT/ema, the moving average of the adapter with this decay β", None)
+    ema: float | None = option("also keep OUT/ema, the exponential moving average of the adapter with this decay", None)
     epochs: int = option("passes over the data", SCHEDULE.epochs)
     batch_size: int = option("rows per optimizer step", SCHEDULE.batch_size)
     micro_batch_size: int = option(
-        "rows per gradient; a setting of LfU, which ascends once per micro-batch", SCHEDULE.micro_batch_size
+        "rows per forward and backward pass; LfU raises the loss once in each, so that its result depends on it",
+        SCHEDULE.micro_batch_size,
     )
     learning_rate: float = option("peak learning rate", SCHEDULE.learning_rate)
     warmup: float = option(
-        "share of the steps, rounded up, in which the learning rate rises from 0 in the first", SCHEDULE.warmup
+        "share of the steps, rounded up, in which the learning rate rises from 0 to its peak", SCHEDULE.warmup
     )
     weight_decay: float = option("weight decay of AdamW", SCHEDULE.weight_decay)
-    max_grad_norm: float = option("the gradient of a step is scaled down to this norm", SCHEDULE.max_grad_norm)
-    seed: int = option("seed of initialisation and order", SCHEDULE.seed)
+    max_grad_norm: float = option("clip the gradient of a step to this norm", SCHEDULE.max_grad_norm)
+    seed: int = option("seed of the first adapter, of the order of the rows, and of all that is drawn", SCHEDULE.seed)
     template: str | None = option(
-        "how a question becomes a prompt; chat: the model's own (default: as the model says, else alpaca)",
+        "how a question becomes a prompt; chat: the model's own (default: as its lfu_config.json says, else alpaca)",
         None,
         choices=list(TEMPLATE_NAMES),
     )
@@ -116,12 +128,14 @@ class TrainOptions(RowsOptions, ModelOptions):
         "BOS before the prompt (default: as the model says, else where the tokenizer puts one)", None
     )
     loss_on: str = option(
-        "what carries loss; instruction+answer is Instruction Modelling", "answer", choices=list(LOSS_ON)
+        "which tokens carry loss; instruction+answer is Instruction Modelling", "answer", choices=list(LOSS_ON)
     )
-    max_length: int = option("longest row, in tokens", 2048)
+    max_length: int = option("longest row, in tokens; nothing is cut: see --drop", 2048)
     drop: bool = option("leave out rows that cannot be used, instead of stopping", False)
-    remat: bool = option("compute the inside of each block again in the backward pass: less memory, more time", False)
-    compile: bool = option("compile the gradients with torch.compile: takes minutes, once and for single rows", False)
+    remat: bool = option("recompute each block in the backward pass: less memory, more time", False)
+    compile: bool = option(
+        "use torch.compile, which takes minutes at the start, and again at the first batch of one row", False
+    )
     save_every: int | None = option("steps between checkpoints (default: an epoch)", None)
     keep: int = option("how many of the last checkpoints to keep", 1)
     resume: bool = option("continue the run in OUT from its last checkpoint", False)
