@@ -88,6 +88,7 @@ def test_a_run_that_is_resumed_keeps_its_template(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("said", "sentence"),
     [
+        ({}, "must name a template: alpaca, question, plain, chat."),
         ({"templat": "question"}, "must name a template: alpaca, question, plain, chat."),
         ({"template": "llama"}, "template, loss_on and bos are ['llama', 'answer', True]: lfu knows no such format."),
         ({"template": "plain", "bos": "no"}, "template, loss_on and bos are ['plain', 'answer', 'no']: lfu knows no"),

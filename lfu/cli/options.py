@@ -32,7 +32,7 @@ from lfu.data.tokens import (
 )
 from lfu.errors import InputError, option_name, quote
 from lfu.io.config import Config, read_config
-from lfu.io.files import read_optional_json
+from lfu.io.files import read_json, read_optional_json
 from lfu.io.huggingface import fingerprint, is_same_model, resolve_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -256,9 +256,9 @@ def adapter_format(adapter: Path, folder: Path) -> Format | None:
 
 def read_format(path: Path) -> Format | None:
     """How the adapter or the model of this lfu_config.json is asked; None without one. InputError for no such way."""
-    settings = read_optional_json(path)
-    if not settings:
+    if not os.path.lexists(path):
         return None
+    settings = read_json(path)
     if "template" not in settings:
         raise InputError(f"{path} must name a template: {', '.join(TEMPLATE_NAMES)}.")
     form = Format(**{name: settings[name] for name in Format._fields if name in settings})
