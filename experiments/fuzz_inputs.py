@@ -38,7 +38,14 @@ BY_MODEL = [
 BY_SHARDS = [["generate", *SHARDS], ["merge", *SHARDS, *BARE]]
 BY_ADAPTER = [[command, *MODEL, *OWN] for command in ("train", "eval", "choices", "generate", "merge")]
 BY_RESUMING = [["resume", *MODEL]]
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
+MODEL_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "lfu_config.json",
+    "model.safetensors",
+)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lfu_config.json")
 CHECKPOINT_FILES = ("state.json", "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors")
 READERS = {

@@ -94,13 +94,13 @@ def merge(params: Params, adapter: Adapter) -> Params:
 # --- PEFT's adapter folder ------------------------------------------------------------------------
 
 
-def save(folder: Path, adapter: Adapter, *, base: str) -> None:
+def save(folder: str | Path, adapter: Adapter, *, base: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
     `base` is what a reader should load below the adapter: an absolute path or a hub id. InputError for an adapter whose
     blocks have different ranks or layers, for which that folder has no form, or whose values are not finite.
     """
-    lora, scale = adapter
+    folder, (lora, scale) = Path(folder), adapter
     rank = next(iter(lora[0].values())).A.shape[0]
     if any(set(layer) != set(lora[0]) or any(len(pair.A) != rank for pair in layer.values()) for layer in lora):
         raise InputError(
@@ -112,7 +112,7 @@ def save(folder: Path, adapter: Adapter, *, base: str) -> None:
         {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
+            "base_model_name_or_path": str(base),
             "r": rank,
             "lora_alpha": scale * rank,
             "target_modules": list(lora[0]),
@@ -146,7 +146,7 @@ def peft_name(index: int, name: str, part: str) -> str:
 
 
 def load(
-    folder: Path, config: Config, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path, config: Config, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Adapter:
     """Read a PEFT LoRA folder for the model of `config`; float32 unless `dtype` says otherwise.
 

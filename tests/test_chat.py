@@ -14,10 +14,12 @@ from commands import MINI, asked_for, lfu, refusal, sums, write_rows
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lfu import cli
-from lfu.cli import EvalOptions, GenerateOptions, TrainOptions
+from lfu.baselines.sdft import GENERAL, GSM8K, RECIPES, distill_prompt
+from lfu.cli import EvalOptions, GenerateOptions, MergeOptions, TrainOptions
+from lfu.cli.options import InferenceOptions, load_prompt_setup
 from lfu.data.batches import IGNORED, make_labels
 from lfu.data.rows import Row, messages, read_rows
-from lfu.data.tokens import Format, ModelTokenizer, encode_row, encode_rows, load_tokenizer, prompt_ids
+from lfu.data.tokens import Format, ModelTokenizer, encode_row, encode_rows, load_tokenizer, prompt_ids, token_ids
 
 CHATML = (
     "{% for message in messages %}\n"  # trim_blocks and lstrip_blocks take what stands around a line's blocks
@@ -312,7 +314,8 @@ def test_the_turns_before_a_question_need_the_chat(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def instruct(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's model with ChatML's two tokens, for which it has embeddings to spare."""
-    folder = shutil.copytree(MINI, tmp_path_factory.mktemp("instruct") / "model", ignore=shutil.ignore_patterns("*/"))
+    unread = shutil.ignore_patterns("*/", "lfu_config.json")
+    folder = shutil.copytree(MINI, tmp_path_factory.mktemp("instruct") / "model", ignore=unread)
     made = Tokenizer.from_file(str(MINI / "tokenizer.json"))
     made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     made.save(str(folder / "tokenizer.json"))
@@ -363,11 +366,58 @@ def test_what_was_trained_is_asked_and_ends(
     assert stops == [(), ()]
 
 
+def test_a_merged_chat_model_is_asked_as_its_adapter(instruct: Path, trained: Path, tmp_path: Path) -> None:
+    merged = cli.merge(MergeOptions(model=str(instruct), adapter=str(trained), out=str(tmp_path / "merged")))
+    setups = [
+        load_prompt_setup(InferenceOptions(model=str(model), adapter=adapter))
+        for model, adapter in ((instruct, str(trained)), (merged, None))
+    ]
+    assert setups[0].format == setups[1].format == Format("chat", system="Be brief.")
+
+
 def test_choices_are_asked_in_the_chat(instruct: Path, trained: Path, tmp_path: Path) -> None:
     item = {"question": "Why Two.?", "choices": ["One.", "Two.", "Five."], "answer": 1}
     data = str(write_rows(tmp_path / "rows.jsonl", [item]))
     found = cli.evaluate(EvalOptions(model=str(instruct), adapter=str(trained), data=data, score="choices"))
     assert found["acc"].mean == 1
+
+
+TURNS = {
+    "general": f"{GENERAL}\n\n### Instruction:\nWhy?\n\n### Reference Answer:\nSo.\n\n### Response:",
+    "gsm8k": f"{GSM8K}\n\nWhy?\n\nSo.",
+}
+
+
+@pytest.mark.parametrize(("recipe", "opening"), [("general", ""), ("gsm8k", "Great! Let's think step by step. ")])
+def test_distill_asks_in_a_turn_of_the_chat(
+    recipe: str, opening: str, instruct: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": TURNS[recipe]}]
+    expected = reference(instruct).apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    asked = distill_prompt(load(instruct), RECIPES[recipe], Row(1, "Why?", "So.", {}))
+    assert asked == expected + token_ids(load(instruct), opening)
+    data, out = write_rows(tmp_path / "rows.jsonl", [{"question": "Why?", "answer": "So."}]), tmp_path / "out.jsonl"
+    options = {"model": instruct, "data": data, "out": out, "recipe": recipe, "max_new_tokens": 1}
+    assert lfu("distill", **options, template="chat") == 0
+    assert "is used" not in capsys.readouterr().out
+    assert lfu("distill", **options, resume=True) == 2
+    assert "the chat template differs" in refusal(capsys)
+
+
+def test_distill_in_another_template(instruct: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = write_rows(tmp_path / "rows.jsonl", [{"question": "<s>", "answer": "So."}]), tmp_path / "out.jsonl"
+    options = {"model": instruct, "data": data, "out": out, "max_new_tokens": 1}
+    assert lfu("distill", **options, template="chat") == 2
+    assert refusal(capsys) == f"{data}, line 1: the text itself contains the special token <s>."
+    assert lfu("distill", **options, template="chat", recipe="gsm8k-llama3") == 2
+    assert "has a chat format written into it: leave out --template" in refusal(capsys)
+    assert not out.exists()
+    assert lfu("distill", **options) == 0
+    assert f"{instruct} has a chat template of its own; plain is used." in capsys.readouterr().out
+    record = json.loads(Path(f"{out}.json").read_text())
+    assert (record.pop("template"), record.pop("chat_template")) == ("plain", None)
+    Path(f"{out}.json").write_text(json.dumps(record))  # as it was before these were recorded
+    assert lfu("distill", **options, resume=True, recipe="gsm8k") == 0
 
 
 def test_another_template_is_refused(
@@ -391,12 +441,19 @@ def test_another_template_is_refused(
     assert "loss is on the answers" in refusal(capsys)
 
 
-def test_an_instruct_model_trained_in_another_template(
-    instruct: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["train", "eval", "generate"])
+def test_an_instruct_model_in_another_template(
+    command: str, instruct: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_rows(tmp_path / "rows.jsonl", sums(2))
-    for number, (model, template) in enumerate([(instruct, "question"), (instruct, "chat"), (MINI, "question")]):
-        out = tmp_path / str(number)
-        assert lfu("train", model=model, data=data, out=out, method="sft", epochs=1, template=template) == 0
-        lines = [line for line in capsys.readouterr().out.splitlines() if "a chat template of its own" in line]
-        assert len(lines) == (number == 0)
+    options: dict[str, Any] = {
+        "train": {"data": data, "out": tmp_path / "run", "method": "sft", "epochs": 1},
+        "eval": {"data": data, "max_new_tokens": 1},
+        "generate": {"question": "Why?", "max_new_tokens": 1},
+    }[command]
+    said = f"{instruct} has a chat template of its own; {{}} is used. See --template chat."
+    for model, template, expected in ((instruct, None, "alpaca"), (instruct, "chat", None), (MINI, "question", None)):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert lfu(command, model=model, template=template, **options) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if " is used." in line]
+        assert lines == ([said.format(expected)] if expected else [])

@@ -142,7 +142,7 @@ def test_missing_options_are_named(command: str, capsys: pytest.CaptureFixture[s
 def test_the_defaults_are_those_of_the_functions() -> None:
     options = TrainOptions(**REQUIRED["train"])
     assert Settings(**{name: getattr(options, name) for name in Settings._fields}) == Settings()
-    assert Format(options.template, options.bos is not False, options.loss_on) == Format()
+    assert Format(options.template or "alpaca", options.bos is not False, options.loss_on) == Format()
     drawn, functions = DistillOptions(**REQUIRED["distill"]), signature(rewrite_answers).parameters
     shared = [name for name, each in functions.items() if each.default is not Parameter.empty]
     assert {name: getattr(drawn, name) for name in shared} == {name: functions[name].default for name in shared}
@@ -389,7 +389,7 @@ def test_an_adapter_by_peft_is_accepted(data: Path, tmp_path: Path, capsys: pyte
 
     options = EvalOptions(model=str(MINI), adapter=str(tmp_path / "foreign"), data=str(data), generate=False)
     result = cli.evaluate(options)["nll"]
-    assert "template alpaca" in capsys.readouterr().out
+    assert "template question" in capsys.readouterr().out  # as the model says: the adapter does not
     alone = cli.evaluate(EvalOptions(model=str(MINI), data=str(data), generate=False))["nll"]
     assert result.mean != pytest.approx(alone.mean, rel=1e-2)
     assert result.n == alone.n
@@ -412,7 +412,7 @@ def test_merged_is_the_model_and_its_adapter(adapter: Path, tmp_path: Path, caps
     said = re.search(
         rf"^{out}: merged in torch\.bfloat16\. .* change by at most (\S+), of at most (\S+)\.$", shown, re.MULTILINE
     )
-    assert shown.endswith("A merged folder does not know its prompts: ask it with --template plain --no-bos.\n")
+    assert shown.endswith("tells lfu to ask it with --template plain --no-bos. Tell other programs.\n")
 
     config, base = load(MINI)
     pairs, scale = lora.load(adapter, config)
@@ -692,8 +692,8 @@ def test_refusals_and_words_in_common(tmp_path: Path) -> None:
         ({"question": "a\0"}, r"--question is not UTF-8 text without NUL: 'a\\x00'"),
         ({"batch_size": 0}, "batch-size must be more than 0"),
         ({"warmup": 2}, "warmup is a share of the steps, from 0 to 1, not 2.0"),
-        ({"max_length": 20}, r"rows\.jsonl, line 1: \d+ tokens are more than the maximum of 20\. .*--drop"),
-        ({"max_length": 20, "drop": True}, r"rows\.jsonl: no usable rows; line 1: "),
+        ({"max_length": 9}, r"rows\.jsonl, line 1: \d+ tokens are more than the maximum of 9\. .*--drop"),
+        ({"max_length": 9, "drop": True}, r"rows\.jsonl: no usable rows; line 1: "),
         ({"question": "prompt"}, r"rows\.jsonl, line 1: no column 'prompt'; the row has 'question', 'answer'"),
         ({"model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
     ],

@@ -329,7 +329,7 @@ def test_records_are_written_and_scores_printed(score: str, tmp_path: Path, caps
     assert [{key: record[key] for key in ROWS[score][0]} for record in records] == ROWS[score][:5]
     assert SCORES[score].estimates(records) == results
     shown = capsys.readouterr().out
-    how = "template alpaca" if SCORES[score].asks else "as plain text"
+    how = "template question" if SCORES[score].asks else "as plain text"
     for name, value in results.items():
         scale, unit = (1, "") if "per" in name else (100, " %")
         digits = 4 if "per" in name else 2

@@ -171,7 +171,7 @@ def test_what_is_longer_than_the_model_was_made_for_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     question = sums(1)[0]["question"]
-    length = len(prompt_ids(load_tokenizer(MINI, 1024), Format(), question))
+    length = len(prompt_ids(load_tokenizer(MINI, 1024), Format("question"), question))
     model, data = small_model(tmp_path / "model", length + 4), write_rows(tmp_path / "rows.jsonl", sums(1))
     fitting, longer = {"max_new_tokens": 4}, {"max_new_tokens": 5}
     commands: dict[str, tuple[dict[str, Any], str]] = {

@@ -4,7 +4,8 @@ The model that is going to be fine-tuned first rewrites each answer, given quest
 takes the reference's place where it passes a check, and the reference stays where it does not; then comes ordinary
 training, in the ordinary template. Prompts and rules are those of the repository `sail-sg/sdft` (`main.py`,
 `eval/gen_distilled_data.py`, `eval/utils.py`), quirks included, with two differences: an empty text never replaces an
-answer, and an answer that stays is left byte for byte, where theirs is stripped.
+answer, and an answer that stays is left byte for byte, where theirs is stripped. A model with a chat template can be
+asked in it instead.
 
 The published runs drew the answers (temperature 0.95, top_p 0.7, top_k 50, at most 512 new tokens, ended by EOS alone),
 so the result depends on a seed. They started from chat models. Of a model that cannot follow such a prompt few answers
@@ -15,8 +16,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from lfu.data.chat import CHAT
 from lfu.data.rows import Row
-from lfu.data.tokens import ModelTokenizer, piece_ids
+from lfu.data.tokens import Format, ModelTokenizer, continued_ids, piece_ids, prompt_ids
 from lfu.generate import generate, make_sampler
 from lfu.model import Config, Params
 
@@ -28,6 +30,7 @@ class Recipe(NamedTuple):
 
     pieces: tuple[str, ...]
     same_number: bool = False  # whether the last integers of the two answers must agree
+    is_chat: bool = False  # whether the chat format of one family is written into it
 
 
 GENERAL = (
@@ -53,7 +56,9 @@ RECIPES = {
     "gsm8k": Recipe((f"{GSM8K}\n\n", "{question}\n\n{reference}\n\n" + OPENING), same_number=True),
     # "gsm8k_distill": the system text stands outside of [INST].
     "gsm8k-llama2": Recipe(
-        (f"<<SYS>>\n{GSM8K}\n<</SYS>>\n\n", "[INST] {question}\n\n{reference} [/INST] " + OPENING), same_number=True
+        (f"<<SYS>>\n{GSM8K}\n<</SYS>>\n\n", "[INST] {question}\n\n{reference} [/INST] " + OPENING),
+        same_number=True,
+        is_chat=True,
     ),
     # "llama3_gsm8k_distill".
     "gsm8k-llama3": Recipe(
@@ -63,13 +68,21 @@ RECIPES = {
             "<|start_header_id|>assistant<|end_header_id|>\n\n" + OPENING,
         ),
         same_number=True,
+        is_chat=True,
     ),
 }
 
 
 def distill_prompt(tokenizer: ModelTokenizer, recipe: Recipe, row: Row) -> list[int]:
-    """[BOS] and the prompt that asks for this row's answer in other words."""
+    """[BOS] and the prompt that asks for this row's answer in other words.
+
+    With a tokenizer that was loaded for the template chat it is a turn of the user, and the opening begins the answer.
+    """
     texts = [piece.format(question=row.question, reference=row.answer) for piece in recipe.pieces]
+    if tokenizer.chat is not None:
+        opening = OPENING if recipe.pieces[-1].endswith(OPENING) else ""
+        turn = "".join(texts).removesuffix(opening).strip()
+        return prompt_ids(tokenizer, Format(CHAT), turn) + continued_ids(tokenizer, opening)
     return [token for piece in piece_ids(tokenizer, True, texts) for token in piece]
 
 

@@ -20,7 +20,7 @@ class BenchOptions(ModelOptions):
     answer: int = option("tokens of a row that carry loss", 120)
     rank: int = option("rank of the LoRA", 8)
     rounds: int = option("rounds in which everything is timed once", 7)
-    prompts: int = option("prompts to decode together, of up to LENGTH tokens", 32)
+    prompts: int = option("prompts to decode together, of up to --length tokens", 32)
     new_tokens: int = option("tokens to decode for each prompt", 64)
     compile: bool = option("also measure our steps through torch.compile: minutes at the start", False)
     seed: int = option("seed of the random tokens and adapters", 42)

@@ -9,21 +9,24 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lfu.baselines.sdft import RECIPES, Answer, rewrite_answers
+from lfu.baselines.sdft import RECIPES, Answer, distill_prompt, rewrite_answers
 from lfu.checkpoints import describe_changes
 from lfu.cli.options import (
     InferenceOptions,
     ModelOptions,
+    PromptSetup,
     RowsOptions,
     check_writable,
     choose_device,
     choose_dtype,
     load_model,
     load_prompt_setup,
+    note_template,
     option,
     require_counts,
 )
-from lfu.data.rows import Row, complete_lines, get_layout, json_line, read_row, read_rows
+from lfu.data.chat import CHAT
+from lfu.data.rows import Row, complete_lines, get_layout, json_line, read_row, read_rows, with_line_number
 from lfu.errors import InputError
 from lfu.io.files import read_json, write_json, write_text
 from lfu.io.huggingface import fingerprint
@@ -34,9 +37,15 @@ class DistillOptions(RowsOptions, ModelOptions):
     model: str = option("model folder or hub id; the model that will be fine-tuned")
     out: str = option("JSONL file for the same rows with their new answers, written as they come; must not exist")
     recipe: str = option(
-        "how to ask: see lfu/baselines/sdft.py; all but general also compare the last integers",
+        "SDFT's prompt for rewriting; all but general take an answer only with the last integer of the reference",
         "gsm8k",
         choices=list(RECIPES),
+    )
+    template: str | None = option(
+        "plain: the prompt as published; chat: in a turn of the model's own template (default: chat where the model's "
+        "lfu_config.json says so, else plain)",
+        None,
+        choices=["plain", CHAT],
     )
     temperature: float = option("what the logits are divided by", 0.95)
     top_p: float = option("draw from the likeliest tokens that hold this probability", 0.7)
@@ -59,9 +68,8 @@ def distill(options: DistillOptions) -> Path:
     out, record = Path(options.out), Path(f"{options.out}.json")
     rows = read_rows(options.data, options.reader())[: options.limit]
     before = read_previous_answers(out, record, options, rows)
-    inference = InferenceOptions(model=options.model, dtype=options.dtype, device=options.device)
-    setup = load_prompt_setup(inference)
-    settings = run_settings(options, setup.folder)
+    inference, setup = choose_prompts(options, rows)
+    settings = run_settings(options, setup)
     if options.resume:
         require_same(record, settings)
     loaded = load_model(inference, setup)
@@ -82,6 +90,8 @@ def distill(options: DistillOptions) -> Path:
 
 def check_sampling(options: DistillOptions) -> None:
     """InputError for numbers that nothing can be drawn with, and for conversations, which the recipes do not ask in."""
+    if options.template == CHAT and RECIPES[options.recipe].is_chat:
+        raise InputError(f"The recipe {options.recipe} has a chat format written into it: leave out --template.")
     if options.layout == "messages":
         raise InputError("lfu distill rewrites the answer to one question; the layout messages has conversations.")
     require_counts(options, "top_k", "max_new_tokens", "batch_size", "limit")
@@ -90,27 +100,43 @@ def check_sampling(options: DistillOptions) -> None:
         raise InputError("temperature must be more than 0 and finite, top-p more than 0 and at most 1.")
 
 
-def run_settings(options: DistillOptions, folder: Path) -> dict[str, Any]:
-    """The options, and what the model and the dtype turned out to be."""
-    dtype = choose_dtype(options.dtype, folder, choose_device(options.device))
-    found = {"model_fingerprint": fingerprint(folder), "dtype": str(dtype).removeprefix("torch.")}
-    return asdict(options) | found
+def choose_prompts(options: DistillOptions, rows: list[Row]) -> tuple[InferenceOptions, PromptSetup]:
+    """How the model is asked. InputError for a row that it cannot be asked for."""
+    recipe = RECIPES[options.recipe]
+    template = "plain" if recipe.is_chat else options.template
+    inference = InferenceOptions(model=options.model, dtype=options.dtype, device=options.device, template=template)
+    setup = load_prompt_setup(inference)
+    for row in rows:
+        with_line_number(options.data, row, distill_prompt, setup.tokenizer, recipe, row)
+    if not recipe.is_chat:
+        note_template(options.model, setup.folder, None, CHAT if setup.tokenizer.chat else "plain")
+    return inference, setup
 
 
-DECIDING = ("model_fingerprint", "recipe", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype")
+def run_settings(options: DistillOptions, setup: PromptSetup) -> dict[str, Any]:
+    """The options, and what the model, the dtype and the template turned out to be."""
+    dtype, chat = choose_dtype(options.dtype, setup.folder, choose_device(options.device)), setup.tokenizer.chat
+    found = {"model_fingerprint": fingerprint(setup.folder), "dtype": str(dtype).removeprefix("torch.")}
+    asked = {"template": CHAT, "chat_template": chat.sha256} if chat is not None else PLAIN
+    return asdict(options) | found | asked
+
+
+PLAIN = {"template": "plain", "chat_template": None}
+"""Also what held before these were recorded."""
+DECIDING = ("model_fingerprint", "recipe", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype", *PLAIN)
 
 
 def is_record(path: Path) -> bool:
     """Whether a file holds the options of such a run."""
     try:
-        return set(DECIDING) <= set(read_json(path))
+        return set(DECIDING) <= set(PLAIN | read_json(path))
     except InputError:
         return False
 
 
 def require_same(record: Path, settings: dict[str, Any]) -> None:
     """InputError where something that decides an answer differs from what is recorded."""
-    before = read_json(record)
+    before = PLAIN | read_json(record)
     if changed := describe_changes(before, {name: settings[name] for name in DECIDING}):
         raise InputError(f"{record}: {changed}. Give the same options, or another --out.")
 

@@ -20,6 +20,7 @@ from lfu.cli.options import (
     encode_question,
     load_model,
     load_prompt_setup,
+    note_template,
     option,
     require_counts,
 )
@@ -50,7 +51,7 @@ class EvalOptions(RowsOptions, InferenceOptions):
         choices=[*evaluating.SCORES, *likelihoods.SCORES],
     )
     prompt: str = option(
-        "own: the adapter's template; harness: lm-evaluation-harness', which is gsm8k's for generated answers and the "
+        "own: the template; harness: lm-evaluation-harness', which is gsm8k's for generated answers and the "
         "bare question column for choices and mc2",
         "own",
         choices=["own", "harness"],
@@ -146,6 +147,8 @@ def by_answers(options: EvalOptions) -> Iterator[Described]:
     names = [*evaluating.SCORES[options.score]("", "")]
     require_free_columns(options, rows, ["prediction", "finished", *names])
     setup = load_prompt_setup(options)
+    if measures_likelihood(options) or options.prompt == "own":
+        note_template(options.model, setup.folder, setup.said, setup.format.template)
     rows = usable_rows(options, setup, rows)
     done = read_unfinished(options, setup)
     asked = [row for row in rows if row.number not in done]
@@ -254,6 +257,8 @@ def by_likelihood(options: EvalOptions) -> Iterator[Described]:
     setup = load_prompt_setup(options)
     length = options.max_length or setup.positions or 2048  # `resolve_max_length` in `lm_eval/models/utils.py`
     use_template = score.asks and options.prompt == "own"
+    if use_template:
+        note_template(options.model, setup.folder, setup.said, setup.format.template)
     prefix = likelihoods.prefix_id(setup.folder, setup.tokenizer)
     encoding = likelihoods.EncodingOptions(setup.tokenizer, setup.format, use_template, prefix, length)
     examples, cut = likelihoods.encode(options.data, options.score, encoding, items)

@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 
 from lfu import generate as generating
-from lfu.cli.options import InferenceOptions, encode_question, load_model, load_prompt_setup, option, require_counts
+from lfu.cli.options import (
+    InferenceOptions,
+    encode_question,
+    load_model,
+    load_prompt_setup,
+    note_template,
+    option,
+    require_counts,
+)
 from lfu.data.tokens import stop_strings
 from lfu.errors import InputError
 
@@ -18,6 +26,7 @@ def generate(options: GenerateOptions) -> str:
     """Answer one question greedily; prints and returns the answer."""
     require_counts(options, "max_new_tokens")
     setup = load_prompt_setup(options)
+    note_template(options.model, setup.folder, setup.said, setup.format.template)
     try:
         prompt = encode_question(setup, options.question, options.max_new_tokens)
     except InputError as error:

@@ -88,11 +88,12 @@ COMMANDS = {
 }  # fmt: skip
 GROUPS = {
     "model": "model dtype device adapter template system bos",
-    "data": "data layout question answer limit drop max_length loss_on valid hold_back shots shots_data",
+    "data": "data layout question answer limit drop max_length loss_on shots shots_data",
+    "validation": "valid hold_back eval_every patience",
     "method": "method alpha lam beta layers norm reference anchor_alpha space stages rank lora_alpha recipe",
     "optimisation": "epochs batch_size micro_batch_size learning_rate warmup weight_decay max_grad_norm ema seed",
     "memory and speed": "remat compile",
-    "run": "out save_every keep resume eval_every patience",
+    "run": "out save_every keep resume",
 }
 """Under which title help shows an option; all others are a command's own."""
 
@@ -280,5 +281,6 @@ def add_option(command: Any, each: Field[Any]) -> None:
     if not required and each.default is not None:
         text += f" (default: {each.default})"
     kind = next(kind for kind in (float, int, str) if kind.__name__ in str(each.type))
-    how = {"type": kind, "required": required, "default": None if required else each.default, "help": text} | how
-    command.add_argument(flag, dest=each.name, **how)
+    shown = {int: "N", float: "X"}.get(kind)
+    how = {"type": kind, "required": required, "default": None if required else each.default, "metavar": shown} | how
+    command.add_argument(flag, dest=each.name, help=text, **how)

@@ -8,7 +8,7 @@ import torch
 
 from lfu import lora, model
 from lfu.baselines.averages import ensemble
-from lfu.cli.options import adapter_format, cast_adapter, check_writable, format_flags, option
+from lfu.cli.options import Options, adapter_format, cast_adapter, check_writable, format_flags, option
 from lfu.errors import InputError
 from lfu.io.config import Config, read_config, rope_keys
 from lfu.io.files import require_finite
@@ -16,7 +16,7 @@ from lfu.io.huggingface import resolve_model, write_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions:
+class MergeOptions(Options):
     model: str = option("model folder or hub id")
     adapter: str = option("adapter folder")
     weight: float = option("the adapter's share: 1 - β in Table 11 a of the paper, where β weighs the bare model", 1.0)
@@ -47,16 +47,16 @@ def merge(options: MergeOptions) -> Path:
     dtypes = " and ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
     if not math.isfinite(change):
         raise InputError(f"Merged in {dtypes}, {source} and {options.adapter} give logits that are not finite.")
-    write_model(out, source, tensors, rope_keys(config))
+    write_model(out, source, tensors, rope_keys(config), None if form is None else form._asdict())
     print(
         f"{out}: merged in {dtypes}. On 64 random tokens the logits change by at most {change:.3g}, of at most "
         f"{largest:.3g}."
     )
     if not (source / "tokenizer.json").is_file():
         print(f"{source} has no tokenizer.json, and so {out} has none.")
-    if (Path(options.adapter) / "lfu_config.json").is_file():
-        apart = "" if form.loss_on == "answer" else f", nearly: with {form.loss_on} questions are tokenised apart"
-        print(f"A merged folder does not know its prompts: ask it with {format_flags(form)}{apart}.")
+    if form is not None:
+        apart = "" if form.loss_on == "answer" else " and questions tokenised apart"
+        print(f"Its lfu_config.json tells lfu to ask it with {format_flags(form)}{apart}. Tell other programs.")
     return out
 
 

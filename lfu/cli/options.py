@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from lfu import lora, model
 from lfu.checkpoints import checkpoints, describe_changes
-from lfu.data.chat import CHAT
+from lfu.data.chat import CHAT, template_file
 from lfu.data.rows import LAYOUTS, Layout, Message, get_layout
 from lfu.data.tokens import (
     LOSS_ON,
@@ -32,7 +32,7 @@ from lfu.data.tokens import (
 )
 from lfu.errors import InputError, option_name, quote
 from lfu.io.config import Config, read_config
-from lfu.io.files import read_optional_json
+from lfu.io.files import read_json, read_optional_json
 from lfu.io.huggingface import fingerprint, is_same_model, resolve_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -41,6 +41,22 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 def option(help: str, default: Any = MISSING, **how: Any) -> Any:
     """A field of an options object that is also a command-line option. Without a default it is required."""
     return field(default=default, metadata={"help": help, **how})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the commands' options have in common: a path may be given as a Path; it is kept as text, as JSON has it."""
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, as_text(value))
+
+
+def as_text(value: Any) -> Any:
+    """A value in which each Path is a text."""
+    if isinstance(value, list):
+        return [as_text(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 MOST_BLOCKS = 10_000
@@ -80,7 +96,7 @@ def check_writable(out: str | Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(Options):
     model: str = option("model folder, or hub id such as meta-llama/Llama-3.1-8B")
     dtype: str | None = option(
         "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
@@ -89,9 +105,11 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsOptions:
+class RowsOptions(Options):
     data: str = option("JSONL file of questions and reference answers")
-    layout: str = option("what the rows of the data look like: see lfu/data/rows.py", "columns", choices=list(LAYOUTS))
+    layout: str = option(
+        "what the rows hold: two columns, those of a published data set, or messages", "columns", choices=list(LAYOUTS)
+    )
     question: str = option("name of the question column", "question")
     answer: str = option("name of the answer column", "answer")
     limit: int | None = option("use only the first rows of the file", None)
@@ -108,15 +126,15 @@ class RowsOptions:
 class InferenceOptions(ModelOptions):
     adapter: str | None = option("adapter folder (default: the model alone)", None)
     template: str | None = option(
-        "prompt template; chat is the model's own (default: the adapter's, else alpaca)",
+        "how a question becomes a prompt; chat: the model's own (default: as the adapter or model says, else alpaca)",
         None,
         choices=list(TEMPLATE_NAMES),
     )
     system: str | None = option(
-        "system turn before the question, with the template chat (default: the adapter's)", None
+        "system turn before the question, with the template chat (default: as the adapter or model says)", None
     )
     bos: bool | None = option(
-        "BOS before the prompt (default: as the adapter was trained, or the tokenizer does)", None
+        "BOS before the prompt (default: as the adapter or model says, else where the tokenizer puts one)", None
     )
 
 
@@ -128,6 +146,7 @@ class PromptSetup(NamedTuple):
     tokenizer: ModelTokenizer
     format: Format
     positions: int | None  # how many tokens the model was made for, if config.json says it
+    said: Format | None  # what the adapter was trained on, or else the model made for, if its files say it
 
 
 class LoadedModel(NamedTuple):
@@ -139,11 +158,14 @@ class LoadedModel(NamedTuple):
 
 
 def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
-    """The prompt's format is the adapter's own, unless it is given; without either, `Format()`."""
+    """The prompt's format is as given, else the adapter's own, else the model's; without any of these, `Format()`."""
     folder = resolve_model(options.model)
     config = read_config(folder / "config.json")
-    stored = adapter_format(Path(options.adapter), folder) if options.adapter is not None else Format()
-    recorded = recorded_tokens(Path(options.adapter)) if options.adapter is not None else {}
+    said, recorded = read_format(folder / "lfu_config.json"), {}
+    if options.adapter is not None:
+        said = adapter_format(Path(options.adapter), folder) or said
+        recorded = recorded_tokens(Path(options.adapter))
+    stored = said or Format()
     form = stored._replace(
         template=stored.template if options.template is None else options.template,
         bos=stored.bos if options.bos is None else options.bos,
@@ -155,7 +177,15 @@ def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
         require_same_tokens(Path(options.adapter), describe_tokens(tokenizer), bos=options.bos is None)
     if CHAT in (form.template, stored.template) and form.template != stored.template:
         tokenizer = load_tokenizer(folder, config.vocab_size, bos, form.template)
-    return PromptSetup(folder, config, tokenizer, form, longest_context(folder))
+    return PromptSetup(folder, config, tokenizer, form, longest_context(folder), said)
+
+
+def note_template(model: str, folder: Path, said: Format | None, template: str) -> None:
+    """Print it where a model is asked otherwise than it was made for, as far as its files say."""
+    if said is not None and said.template != template:
+        print(f"The model was made for the template {said.template}; {template} is used.")
+    if said is None and template != CHAT and template_file(folder) is not None:
+        print(f"{model} has a chat template of its own; {template} is used. See --template chat.")
 
 
 def chosen_system(template: str, given: str | None, stored: str | None = None) -> str | None:
@@ -201,16 +231,19 @@ def load_model(options: InferenceOptions, setup: PromptSetup) -> LoadedModel:
     return LoadedModel(config, base, [cast_adapter(adapter, base) for adapter in saved])
 
 
-def adapter_format(adapter: Path, folder: Path) -> Format:
-    """What the adapter was trained on. InputError if that was another model than the one in `folder`."""
+def adapter_format(adapter: Path, folder: Path) -> Format | None:
+    """What the adapter was trained on; None where its files do not say it, as those of another program.
+
+    InputError if that was another model than the one in `folder`.
+    """
     if (adapter / "settings.json").is_file() and not (adapter / "adapter_config.json").is_file():
         held = [path for path in (adapter / "best", adapter / "adapter", *checkpoints(adapter)) if path.is_dir()]
         advice = f"give {' or '.join(map(str, held[:2]))}" if held else "it holds no adapter yet"
         raise InputError(f"{adapter} is the folder of a run: {advice}.")
     path = adapter / "lfu_config.json"
     settings, needed = read_optional_json(path), {"template", "bos", "model_fingerprint"}
-    if not needed & set(settings):  # of another program, or of a run that nobody told
-        return Format()
+    if not needed & set(settings):
+        return None
     if not needed <= set(settings):
         raise InputError(f"{path} must name the template, the bos and the model_fingerprint of the training.")
     if not is_same_model(settings["model_fingerprint"], fingerprint(folder)):
@@ -218,6 +251,16 @@ def adapter_format(adapter: Path, folder: Path) -> Format:
             f"{adapter} was trained on {settings.get('model')}, whose files differ from those of {folder}. If these "
             f"hold the same weights, remove {path.name} and give the --template."
         )
+    return read_format(path)
+
+
+def read_format(path: Path) -> Format | None:
+    """How the adapter or the model of this lfu_config.json is asked; None without one. InputError for no such way."""
+    if not os.path.lexists(path):
+        return None
+    settings = read_json(path)
+    if "template" not in settings:
+        raise InputError(f"{path} must name a template: {', '.join(TEMPLATE_NAMES)}.")
     form = Format(**{name: settings[name] for name in Format._fields if name in settings})
     if form.template not in TEMPLATE_NAMES or form.loss_on not in LOSS_ON or not isinstance(form.bos, bool):
         said = quote([form.template, form.loss_on, form.bos])

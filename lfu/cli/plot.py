@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfu.cli.options import check_writable, option
+from lfu.cli.options import Options, check_writable, option
 from lfu.errors import InputError
 from lfu.runs import read_log
 
@@ -21,7 +21,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotOptions:
+class PlotOptions(Options):
     runs: list[str] = option("folders of runs", positional=True)
     out: str = option("picture to write, a .png or .svg; may exist")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lfu.checkpoints import MAY_CHANGE, checkpoints
-from lfu.cli.options import option
+from lfu.cli.options import Options, option
 from lfu.errors import InputError, option_name
 from lfu.io.files import read_json
 from lfu.runs import is_locked, read_log
@@ -16,7 +16,7 @@ SAID_APART = ("method", "model_fingerprint", "data_sha256", "valid_sha256", "ada
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunsOptions:
+class RunsOptions(Options):
     folder: str = option("folder that holds runs, or is one", positional=True)
 
 

@@ -28,12 +28,14 @@ from lfu.cli.options import (
     choose_dtype,
     chosen_system,
     format_flags,
+    note_template,
     option,
+    read_format,
     require_counts,
     require_same_tokens,
 )
 from lfu.data.batches import Example
-from lfu.data.chat import CHAT, template_file
+from lfu.data.chat import CHAT
 from lfu.data.rows import read_rows
 from lfu.data.tokens import (
     LOSS_ON,
@@ -58,9 +60,10 @@ from lfu.validation import Validation, hold_back
 
 
 def published(name: str) -> str:
-    """The default of a hyper-parameter, method by method."""
-    defaults = {method: spec.published[name] for method, spec in methods.METHODS.items() if name in spec.published}
-    return ", ".join(f"{value:g} of {method}" for method, value in defaults.items())
+    """The default of a hyper-parameter, and the methods that have it."""
+    found = {method: spec.published[name] for method, spec in methods.METHODS.items() if name in spec.published}
+    takers = {value: ", ".join(each for each in found if found[each] == value) for value in found.values()}
+    return "; ".join(f"{value:g} for {names}" for value, names in takers.items())
 
 
 SCHEDULE = Settings()
@@ -70,13 +73,21 @@ SCHEDULE = Settings()
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RowsOptions, ModelOptions):
     out: str = option("folder of the run; must not hold another one")
-    method: str = option("what to train with", "lfu-lora", choices=list(methods.METHODS))
-    alpha: float | None = option(f"length of the ascent, strength of the noise (default: {published('alpha')})", None)
+    method: str = option("how to train: see lfu methods", "lfu-lora", choices=list(methods.METHODS))
+    alpha: float | None = option(
+        f"length of the step that raises the loss, or scale of neftune's noise (default: {published('alpha')})", None
+    )
     lam: float | None = option(f"weight λ of what is added to the SFT loss (default: {published('lam')})", None)
     beta: float | None = option(f"temperature of GEM (default: {published('beta')})", None)
-    layers: list[int] | None = option("blocks to compare, such as 1-11 (default: all)", None, type=block_numbers)
+    layers: list[int] | None = option(
+        "blocks whose hidden states LfU compares, such as 1-11 (default: all)",
+        None,
+        type=block_numbers,
+        metavar="BLOCKS",
+    )
     norm: str | None = option(
-        "for lfu: mean over features (default); sum, as printed; relative to h. For l1 and l2: mean (default); sum",
+        "how LfU, l1 and l2 measure hidden states: mean over the features (default); sum over them, as the paper "
+        "prints it; for LfU also relative to their size",
         None,
         choices=list(NORMS),
     )
@@ -90,38 +101,49 @@ class TrainOptions(RowsOptions, ModelOptions):
     stages: int | None = option(
         f"times that --epochs are trained, each with a new anchor (default: {published('stages')})", None
     )
-    rank: int = option("rank of the LoRA", 8)
-    lora_alpha: float = option("scale of the LoRA times its rank", 16.0)
-    valid: str | None = option("JSONL file of rows for validation: their NLL between steps, and OUT/best", None)
-    hold_back: int | None = option("take this many rows of the data, chosen by the seed, for validation instead", None)
+    rank: int = option("rank r of the LoRA", 8)
+    lora_alpha: float = option("α of the LoRA, which adds (α / r) B A x to W x", 16.0)
+    valid: str | None = option(
+        "JSONL file of validation rows; OUT/best is the adapter with the lowest NLL on them", None
+    )
+    hold_back: int | None = option("instead of --valid: set this many rows of the data aside, chosen by the seed", None)
     eval_every: int | None = option("steps between validations (default: an epoch)", None)
     patience: int | None = option("stop after this many validations without a new best", None)
     adapter: str | None = option("adapter folder to continue from, with a new optimizer (default: a fresh LoRA)", None)
-    ema: float | None = option("also write OUT/ema, the moving average of the adapter with this decay β", None)
+    ema: float | None = option("also keep OUT/ema, the exponential moving average of the adapter with this decay", None)
     epochs: int = option("passes over the data", SCHEDULE.epochs)
     batch_size: int = option("rows per optimizer step", SCHEDULE.batch_size)
     micro_batch_size: int = option(
-        "rows per gradient; a setting of LfU, which ascends once per micro-batch", SCHEDULE.micro_batch_size
+        "rows per forward and backward pass; LfU raises the loss once in each, so that its result depends on it",
+        SCHEDULE.micro_batch_size,
     )
     learning_rate: float = option("peak learning rate", SCHEDULE.learning_rate)
     warmup: float = option(
-        "share of the steps, rounded up, in which the learning rate rises from 0 in the first", SCHEDULE.warmup
+        "share of the steps, rounded up, in which the learning rate rises from 0 to its peak", SCHEDULE.warmup
     )
     weight_decay: float = option("weight decay of AdamW", SCHEDULE.weight_decay)
-    max_grad_norm: float = option("the gradient of a step is scaled down to this norm", SCHEDULE.max_grad_norm)
-    seed: int = option("seed of initialisation and order", SCHEDULE.seed)
-    template: str = option(
-        "how a question becomes a prompt; chat: the model's own", "alpaca", choices=list(TEMPLATE_NAMES)
+    max_grad_norm: float = option("clip the gradient of a step to this norm", SCHEDULE.max_grad_norm)
+    seed: int = option("seed of the first adapter, of the order of the rows, and of all that is drawn", SCHEDULE.seed)
+    template: str | None = option(
+        "how a question becomes a prompt; chat: the model's own (default: as its lfu_config.json says, else alpaca)",
+        None,
+        choices=list(TEMPLATE_NAMES),
     )
-    system: str | None = option("system turn before each row, with the template chat", None)
-    bos: bool | None = option("BOS before the prompt (default: where the tokenizer puts one)", None)
+    system: str | None = option(
+        "system turn before each row, with the template chat (default: as the model says)", None
+    )
+    bos: bool | None = option(
+        "BOS before the prompt (default: as the model says, else where the tokenizer puts one)", None
+    )
     loss_on: str = option(
-        "what carries loss; instruction+answer is Instruction Modelling", "answer", choices=list(LOSS_ON)
+        "which tokens carry loss; instruction+answer is Instruction Modelling", "answer", choices=list(LOSS_ON)
     )
-    max_length: int = option("longest row, in tokens", 2048)
+    max_length: int = option("longest row, in tokens; nothing is cut: see --drop", 2048)
     drop: bool = option("leave out rows that cannot be used, instead of stopping", False)
-    remat: bool = option("compute the inside of each block again in the backward pass: less memory, more time", False)
-    compile: bool = option("compile the gradients with torch.compile: takes minutes, once and for single rows", False)
+    remat: bool = option("recompute each block in the backward pass: less memory, more time", False)
+    compile: bool = option(
+        "use torch.compile, which takes minutes at the start, and again at the first batch of one row", False
+    )
     save_every: int | None = option("steps between checkpoints (default: an epoch)", None)
     keep: int = option("how many of the last checkpoints to keep", 1)
     resume: bool = option("continue the run in OUT from its last checkpoint", False)
@@ -182,45 +204,50 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     config = read_config(folder / "config.json")
     schedule = Settings(**{name: getattr(options, name) for name in Settings._fields})
     validate_settings(schedule)
-    check_template(options, folder)
-    tokenizer = load_tokenizer(folder, config.vocab_size, options.bos, options.template)
+    form = choose_format(options, folder)
+    tokenizer = load_tokenizer(folder, config.vocab_size, options.bos if form.bos else False, form.template)
     tokens = describe_tokens(tokenizer)
-    examples, validation = split_examples(options, folder, tokenizer)
+    examples, validation = split_examples(options, form, folder, tokenizer)
     dtype = choose_dtype(options.dtype, folder, device)
+    reference = read_reference(options, form, folder, config, tokens, device, torch.promote_types(dtype, torch.float32))
     method, chosen = methods.bind(
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
         alpha=options.alpha, lam=options.lam, beta=options.beta, layers=options.layers, norm=options.norm,
         anchor_alpha=options.anchor_alpha, space=options.space, stages=options.stages,
-        reference=read_reference(options, folder, config, tokens, device, dtype),
-        remat=options.remat, compile=options.compile,
+        reference=reference, remat=options.remat, compile=options.compile,
     )  # fmt: skip
-    start = initial_adapter(options, folder, config, tokens)
+    start = initial_adapter(options, form, folder, config, tokens)
     if options.compile and dtype == torch.float16:  # the compiler loses the backward pass of `half.ScaledLinear`
         raise InputError("--compile does not work in float16: leave it out, or give --dtype bfloat16 or float32.")
-    chosen |= {"dtype": str(dtype).removeprefix("torch."), "bos": options.bos is not False, "tokens": tokens}
-    record = record_run(options, folder, chosen)
+    chosen |= {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens}
+    record = record_run(options, folder, form._asdict() | chosen)
     return Plan(folder, config, schedule, examples, validation, method, start, dtype, record)
 
 
-def check_template(options: TrainOptions, folder: Path) -> None:
-    """InputError for what a chat does not do; says so where a model has a template of its own and another is used."""
-    chosen_system(options.template, options.system)
-    if options.template == CHAT and options.loss_on != "answer":
+def choose_format(options: TrainOptions, folder: Path) -> Format:
+    """How the rows become prompts: as given, else as in the run that is resumed, else as the model says.
+
+    Says so where the model was made for another template. InputError for what a chat does not do.
+    """
+    said = read_format(folder / "lfu_config.json")
+    begun = read_format(Path(options.out) / "settings.json") if options.resume else None
+    stored = begun or said or Format()
+    template = stored.template if options.template is None else options.template
+    bos = stored.bos if options.bos is None else options.bos
+    form = Format(template, bos, options.loss_on, chosen_system(template, options.system, stored.system))
+    if form.template == CHAT and form.loss_on != "answer":
         raise InputError("In the template chat loss is on the answers: leave out --loss-on.")
-    if options.template != CHAT and template_file(folder) is not None:
-        print(f"{options.model} has a chat template of its own; {options.template} is used. See --template chat.")
+    note_template(options.model, folder, said, form.template)
+    return form
 
 
-def prompt_format(options: TrainOptions) -> Format:
-    """How the rows become prompts."""
-    return Format(options.template, options.bos is not False, options.loss_on, options.system)
-
-
-def initial_adapter(options: TrainOptions, folder: Path, config: Config, tokens: dict[str, Any]) -> lora.Lora:
+def initial_adapter(
+    options: TrainOptions, form: Format, folder: Path, config: Config, tokens: dict[str, Any]
+) -> lora.Lora:
     """A fresh LoRA, or the given adapter, which must be one of this model, prompt format, rank and scale."""
     if options.adapter is None:
         return lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
-    require_same_prompts(options, Path(options.adapter), folder, tokens)
+    require_same_prompts(form, Path(options.adapter), folder, tokens)
     start, scale = lora.load(Path(options.adapter), config)
     rank = len(next(iter(start[0].values())).A)
     if rank != options.rank or not math.isclose(scale, options.lora_alpha / options.rank, rel_tol=1e-6):
@@ -232,30 +259,26 @@ def initial_adapter(options: TrainOptions, folder: Path, config: Config, tokens:
 
 
 def read_reference(
-    options: TrainOptions,
-    folder: Path,
-    config: Config,
-    tokens: dict[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> lora.Adapter | None:
+    options: TrainOptions, form: Format, folder: Path, config: Config, tokens: dict[str, Any], device: torch.device,
+    stream: torch.dtype,
+) -> lora.Adapter | None:  # fmt: skip
     """The adapter that Anchored Learning moves towards: of this model and prompt format, of any rank and scale."""
     if options.reference is None:
         return None
-    require_same_prompts(options, Path(options.reference), folder, tokens)
-    return lora.load(Path(options.reference), config, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    require_same_prompts(form, Path(options.reference), folder, tokens)
+    return lora.load(Path(options.reference), config, device=device, dtype=stream)
 
 
-def require_same_prompts(options: TrainOptions, adapter: Path, folder: Path, tokens: dict[str, Any]) -> None:
+def require_same_prompts(form: Format, adapter: Path, folder: Path, tokens: dict[str, Any]) -> None:
     """InputError unless an adapter was trained on this model, and with these prompts."""
-    stored = adapter_format(adapter, folder)._replace(loss_on=options.loss_on)
-    if (adapter / "lfu_config.json").is_file() and stored != prompt_format(options):
+    stored = adapter_format(adapter, folder)
+    if stored is not None and stored._replace(loss_on=form.loss_on) != form:
         raise InputError(f"{adapter} was trained with other prompts: give {format_flags(stored)}.")
     require_same_tokens(adapter, tokens)
 
 
 def split_examples(
-    options: TrainOptions, folder: Path, tokenizer: ModelTokenizer
+    options: TrainOptions, form: Format, folder: Path, tokenizer: ModelTokenizer
 ) -> tuple[list[Example], Validation | None]:
     """The rows to train on, and those for validation, if there are any."""
     if options.valid is not None and options.hold_back is not None:
@@ -263,10 +286,10 @@ def split_examples(
     if options.valid is None and options.hold_back is None:
         if options.eval_every is not None or options.patience is not None:
             raise InputError("eval-every and patience need rows for validation: give --valid or --hold-back.")
-        return read_examples(options, options.data, folder, tokenizer), None
-    examples = read_examples(options, options.data, folder, tokenizer)
+        return read_examples(options, form, options.data, folder, tokenizer), None
+    examples = read_examples(options, form, options.data, folder, tokenizer)
     if options.valid is not None:
-        held = read_examples(options, options.valid, folder, tokenizer)
+        held = read_examples(options, form, options.valid, folder, tokenizer)
     else:
         examples, held = hold_back(examples, options.hold_back or 0, options.seed)
         lines = first_few([str(example.line_number) for example in held], 10)
@@ -274,12 +297,14 @@ def split_examples(
     return examples, Validation(held, options.eval_every, options.patience)
 
 
-def read_examples(options: TrainOptions, data: str, folder: Path, tokenizer: ModelTokenizer) -> list[Example]:
+def read_examples(
+    options: TrainOptions, form: Format, data: str, folder: Path, tokenizer: ModelTokenizer
+) -> list[Example]:
     """The tokenised rows of a file; prints how many there are and which were left out."""
     rows = read_rows(data, options.reader())[: options.limit if data == options.data else None]
     examples, dropped = encode_rows(
-        data, rows, tokenizer, prompt_format(options), max_length=options.max_length,
-        positions=longest_context(folder), drop=options.drop,
+        data, rows, tokenizer, form, max_length=options.max_length, positions=longest_context(folder),
+        drop=options.drop,
     )  # fmt: skip
     supervised = sum(example.num_loss_tokens for example in examples)
     print(f"{data}: {len(examples)} rows, {supervised} tokens with loss, {len(dropped)} rows left out.")

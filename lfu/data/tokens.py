@@ -115,7 +115,7 @@ class ModelTokenizer(NamedTuple):
 
 
 def load_tokenizer(
-    folder: Path, vocab_size: int, bos: bool | None = None, template: str = Format().template
+    folder: str | Path, vocab_size: int, bos: bool | None = None, template: str = Format().template
 ) -> ModelTokenizer:
     """tokenizer.json and the special tokens of a model folder.
 
@@ -123,6 +123,7 @@ def load_tokenizer(
     config.json; all of these ids end an answer, and in the template chat the token that ends a turn too. BOS is that of
     `choose_bos`. InputError if one of them lies outside the model's vocabulary, or for a tokenizer that cannot be used.
     """
+    folder = Path(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path} does not exist: lfu reads the tokenizer from this file alone.")

@@ -56,11 +56,14 @@ def download(model: str) -> Path:
 SHARD_BYTES = 5 * 10**9
 
 
-def write_model(target: Path, source: Path, tensors: dict[str, Tensor], rope_keys: dict[str, Any]) -> None:
+def write_model(
+    target: Path, source: Path, tensors: dict[str, Tensor], rope_keys: dict[str, Any], asked: dict[str, Any] | None
+) -> None:
     """A complete Hugging Face folder: these weights, and `source`'s tokenizer and configuration.
 
     config.json states the rotary embedding both as transformers 4 and as 5 read it (`rope_keys`): each, given only the
-    other's form, would silently compute something else. InputError before anything is written if the disk has no room.
+    other's form, would silently compute something else. `asked` goes into lfu_config.json: how the model is asked,
+    where this is not as `source` says. InputError before anything is written if the disk has no room.
     """
     files, total = beside_weights(source), sum(tensor.nbytes for tensor in tensors.values())
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +77,8 @@ def write_model(target: Path, source: Path, tensors: dict[str, Tensor], rope_key
         dtype = str(reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values()])).removeprefix("torch.")
         config = read_json(source / "config.json") | rope_keys | {"dtype": dtype, "torch_dtype": dtype}
         write_json(folder / "config.json", config)
+        if asked is not None:
+            write_json(folder / "lfu_config.json", asked)
         write_shards(folder, tensors, total)
 
 

@@ -414,6 +414,7 @@ def write_folder(tokenizer: Tokenizer) -> None:
     write_json(HERE / "config.json", CONFIG)
     write_json(HERE / "tokenizer_config.json", TOKENIZER_CONFIG)
     write_json(HERE / "generation_config.json", GENERATION_CONFIG)
+    write_json(HERE / "lfu_config.json", {"template": FORMAT.template})
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
