@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,6 +53,12 @@ def save(run: Run, part: str, title: str, table: Table) -> None:
     write_json(path, {"machine": machine(run.device), "tables": tables})
     parts = [f"## {title}", markdown(table.head, table.rows), table.note, machine(run.device)]
     tell(run.out, "\n\n".join(filter(None, parts)))
+
+
+def page(data: dict[str, Any]) -> str:
+    """All tables of DIR/results.json."""
+    tables = [(f"## {each['title']}", markdown(each["head"], each["rows"]), each["note"]) for each in data["tables"]]
+    return "\n\n".join("\n\n".join(filter(None, table)) for table in tables) + "\n"
 
 
 def machine(device: torch.device) -> str:

@@ -31,10 +31,20 @@ def difference(ours: Sequence[float], theirs: Sequence[float], digits: int = 1, 
 
 def interval(differences: Sequence[float], digits: int = 1, factor: float = 100) -> str:
     """The mean with its 95 % interval, times `factor`: in percentage points; bold where 0 lies outside."""
+    return written([factor * value for value in bounds(differences)], digits)
+
+
+def bounds(differences: Sequence[float]) -> list[float]:
+    """The mean and the ends of its 95 % interval; of one seed, the value alone."""
     d = mean(differences)
     if d.n == 1:
-        return f"{factor * d.value:+.{digits}f}"
+        return [d.value]
     reach = T_95[d.n - 2] * d.error
-    center, low, high = (f"{factor * value:+.{digits}f}" for value in (d.value, d.value - reach, d.value + reach))
-    text = f"{center} [{low}, {high}]"
-    return f"**{text}**" if abs(d.value) > reach else text
+    return [d.value, d.value - reach, d.value + reach]
+
+
+def written(values: Sequence[float], digits: int) -> str:
+    """What `bounds` gives, as a cell."""
+    center, *ends = (f"{value:+.{digits}f}" for value in values)
+    text = f"{center} [{', '.join(ends)}]" if ends else center
+    return f"**{text}**" if ends and (values[1] > 0 or values[2] < 0) else text

@@ -1,7 +1,7 @@
-"""GSM8K with SmolLM2-135M-Instruct on a CPU: every run, every score, and the tables of `docs/results.md`.
+"""GSM8K with SmolLM2-135M-Instruct on a CPU: every run, every score, and the page docs/tables/smollm2.md.
 
     python -m experiments.smollm2 run --model SMOLLM2 --gsm8k FOLDER --wikitext FILE --out runs/smollm2
-    python -m experiments.smollm2 table --out runs/smollm2
+    python -m experiments.smollm2 gather --out runs/smollm2 --json docs/smollm2.json
 
 Two regimes: `full`, 480 rows for three epochs at the published settings, and `small`, 32 rows for twenty epochs at
 ten times the learning rate, where SFT overfits. `run` continues where it stopped: training resumes from its last
@@ -13,7 +13,8 @@ KL(base ‖ tuned) per token on the base model's own greedy answers to 200 promp
 under the five prompts of the paper's appendix C.4 (which has exact match: too rare with this model); and answer NLL on
 training rows that no run trains on, to choose α and λ by, SFT's learning rate in the small regime, and when to stop it.
 Along the way every checkpoint has test NLL on fewer rows; those of an SFT run that is stopped in time have the NLL of
-the rows held back and the drift too.
+the rows held back and the drift too. `gather` puts what is known of each setting and run into a JSON file, in the place
+of what the file says of them; `make tables` makes the page of it.
 
 Read next: `smollm2_runs.py`.
 """
@@ -21,84 +22,127 @@ Read next: `smollm2_runs.py`.
 import argparse
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from experiments.markdown import markdown
-from experiments.seeds import difference
+from experiments.seeds import bounds, written
 from experiments.smollm2_runs import REGIMES, RUNS, SEEDS, SETTINGS, Paths, Scores, mean_of, run_all
-from lfu.io.files import read_json
+from lfu.io.files import read_json, read_optional_json, write_json
 
-COLUMNS = {  # of the table: head, factor, digits
-    "nll": ("test NLL", 1, 3),
-    "strict": ("strict %", 100, 1),
-    "flexible": ("flexible %", 100, 1),
-    "wikitext": ("WikiText-2 NLL", 1, 3),
-    "drift": ("drift", 1, 4),
-    "prompts": ("five prompts, ± over them", 1, 3),
-    "held": ("held back", 1, 3),
+COLUMNS = {  # of the tables: head, digits
+    "nll": ("test NLL", 3),
+    "strict": ("strict %", 1),
+    "flexible": ("flexible %", 1),
+    "wikitext": ("WikiText-2 NLL", 3),
+    "drift": ("drift", 4),
+    "prompts": ("five prompts", 3),
+    "held": ("held back", 3),
 }
-ALONG = {"test NLL after step": "nll", "held back": "held", "drift": "drift"}
-"""Of the list of runs: title and name of what was measured along the way; test NLL is that of the first CURVE_ROWS."""
+PERCENT = ("strict", "flexible")
+ALONG = {"nll": "test NLL", "held": "held back", "drift": "drift"}
+"""What is measured along the way; test NLL is that of the first CURVE_ROWS."""
+LABELS = {
+    "base": "base model",
+    "sft": "SFT",
+    "stopped": "SFT, stopped in time",
+    "sft3e4": "SFT at 3e-4",
+    "sft1e4": "SFT at 1e-4",
+    "lora": "LfU (LoRA) λ 5",
+    "lora0.5": "LfU (LoRA) λ 0.5",
+    "lora50": "LfU (LoRA) λ 50",
+    "lora500": "LfU (LoRA) α 0.001 λ 500",
+    "relative50": "LfU (LoRA) scale-free λ 50",
+    "relative500": "LfU (LoRA) scale-free λ 500",
+    "reps": "LfU (RepS) λ 0.1",
+    "reps1": "LfU (RepS) λ 1",
+    "reps10": "LfU (RepS) λ 10",
+    "reps100": "LfU (RepS) λ 100",
+    "neftune": "NEFTune",
+    "gem": "GEM",
+    "im": "IM",
+    "rlora": "released LfU (LoRA)",
+    "rreps": "released LfU (RepS)",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("what", choices=["run", "gather"])
     for name in ("model", "gsm8k", "wikitext"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=["base", *RUNS])
+    parser.add_argument("--json", type=Path, help="of gather")
     parsed = parser.parse_args()
-    if parsed.what == "table":
-        print(table(parsed.out))
+    if parsed.what == "gather":
+        if parsed.json is None:
+            parser.error("gather needs --json")
+        write_json(parsed.json, merged(read_optional_json(parsed.json), gathered(parsed.out)))
     elif None in (parsed.model, parsed.gsm8k, parsed.wikitext):
         parser.error("run needs --model, --gsm8k and --wikitext")
     else:
         run_all(Paths(parsed.model, parsed.gsm8k, parsed.wikitext, parsed.out), parsed.only)
 
 
-# --- tables ----------------------------------------------------------------------------------------
+# --- from run folders to data ----------------------------------------------------------------------
 
 
-def table(out: Path) -> str:
-    """Per regime each setting, over its seeds, and what it differs from SFT; the way of each run; the states' sizes."""
-    tables = [each for regime in REGIMES for each in (regime_table(out, regime), difference_table(out, regime))]
-    return "\n\n".join(filter(None, [*tables, curves(out), size_lines(out)]))
+def gathered(out: Path) -> dict[str, Any]:
+    """Per regime the scores of each setting; the curves of each run; the sizes of the base model's states."""
+    curves = {name: curve for name in RUNS if (curve := curve_of(out / name))}
+    sizes = read_optional_json(out / "base" / "squares.json")
+    squares = {name: {"mean": statistics.mean(each), "by_block": each} for name, each in sizes.items()}
+    return {regime: settings_of(out, regime) for regime in REGIMES} | {"curves": curves, "mean_squares": squares}
 
 
-def regime_table(out: Path, regime: str) -> str:
-    """The base model and each setting."""
-    runs = {"base": [measured(out / "base")]}
-    runs |= {name: [measured(out / f"{regime}-{name}-{seed}") for seed in SEEDS] for name in SETTINGS}
-    rows = [row_of(name, [run for run in found if run]) for name, found in runs.items() if any(found)]
-    return markdown([regime, *(head for head, _, _ in COLUMNS.values()), "test NLL by seed"], rows)
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Both; where both know a setting or a run, the new one."""
+    return old | {part: old.get(part, {}) | known for part, known in new.items()}
 
 
-def difference_table(out: Path, regime: str) -> str:
-    """Each setting with several seeds, less SFT of the same seed, with 95 % intervals over the seeds; empty if none."""
-    rows = []
+def settings_of(out: Path, regime: str) -> dict[str, Any]:
+    """The base model, each setting that has a run, and its difference from SFT."""
+    base = measured(out / "base")
+    settings: dict[str, Any] = {"base": {name: base[name] for name in COLUMNS if name in base}} if base else {}
+    runs = {}
     for name in SETTINGS:
-        runs = [[measured(out / f"{regime}-{each}-{seed}") for each in (name, "sft")] for seed in SEEDS]
-        pairs = [pair for pair in runs if all(pair)]
-        if name != "sft" and len(pairs) > 1:
-            rows.append([name, *(paired(pairs, column, *how) for column, (_, *how) in COLUMNS.items())])
-    heads = [head.partition(",")[0] for head, _, _ in COLUMNS.values()]
-    return markdown([f"{regime}, less SFT", *heads], rows) if rows else ""
+        each = {seed: measured(out / f"{regime}-{name}-{seed}") for seed in SEEDS}
+        if known := {seed: scores for seed, scores in each.items() if scores}:
+            runs[name], settings[name] = known, over_seeds(known)
+    for name in runs:
+        if name != "sft" and (less := less_sft(runs[name], runs.get("sft", {}))):
+            settings[name]["minus_sft"] = less
+    return settings
 
 
-def paired(pairs: list[list[Scores]], name: str, factor: float, digits: int) -> str:
-    """The mean difference in one column, over the seeds for which both were measured."""
-    values = [[run[name]["mean"] for run in pair] for pair in pairs if all(name in run for run in pair)]
-    if not values:
-        return ""
-    ours, sft = zip(*values, strict=True)
-    return difference(ours, sft, digits, factor)
+def over_seeds(runs: dict[int, Scores]) -> dict[str, Any]:
+    """By column: the mean of the values, and of their standard errors, as the items are the same for every seed."""
+    found: dict[str, Any] = {}
+    for name in COLUMNS:
+        if values := {str(seed): run[name] for seed, run in runs.items() if name in run}:
+            means = {part: statistics.mean(each[part] for each in values.values()) for part in ("mean", "error")}
+            found[name] = means | {"by_seed": {seed: each["mean"] for seed, each in values.items()}}
+    return found
+
+
+def less_sft(ours: dict[int, Scores], sft: dict[int, Scores]) -> dict[str, Any]:
+    """By column: the mean difference, and its 95 % interval over the seeds that both have, if they are two at least."""
+    pairs = [(ours[seed], sft[seed]) for seed in ours if seed in sft]
+    found = {}
+    for name in COLUMNS if len(pairs) > 1 else ():
+        if values := [our[name]["mean"] - their[name]["mean"] for our, their in pairs if name in our and name in their]:
+            found[name] = dict(zip(("mean", "low", "high"), bounds(values)))
+    return found
 
 
 def measured(folder: Path) -> Scores:
     """What is known of a run, by column; nothing before it is scored."""
     scores, held, prompts = (folder / f"{name}.json" for name in ("scores", "held", "prompts"))
     results = read_json(scores) if scores.is_file() else {}
+    for name in results.keys() & PERCENT:
+        results[name] = {part: 100 * results[name][part] for part in ("mean", "error")}
     if results and held.is_file():
         results["held"] = read_json(held)["nll"]
     if results and prompts.is_file():
@@ -107,46 +151,90 @@ def measured(folder: Path) -> Scores:
     return results
 
 
-def row_of(label: str, runs: list[Scores]) -> list[str]:
-    """The mean over the seeds of each column, and the test NLL of each seed."""
-    cells = [cell([run[name] for run in runs if name in run], *how) for name, (_, *how) in COLUMNS.items()]
-    return [label, *cells, ", ".join(f"{run['nll']['mean']:.3f}" for run in runs)]
+def curve_of(run: Path) -> dict[str, Any]:
+    """What was measured along the way, by step, and the median norm of the gradients."""
+    found = {kind: values for kind in ALONG if (values := along(run, kind))}
+    if not found:
+        return {}
+    log = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return {"gradient": statistics.median(step["gradient_norm"] for step in log)} | found
 
 
-def cell(values: list[dict[str, float]], factor: float, digits: int) -> str:
-    """Means over the seeds of values and of their standard errors: the items are the same for every seed."""
-    if not values:
-        return ""
-    means = (factor * statistics.mean(value[part] for value in values) for part in ("mean", "error"))
-    return " ± ".join(f"{mean:.{digits}f}" for mean in means)
-
-
-def curves(out: Path) -> str:
-    """Of each run: the median norm of its gradients, and what was measured along the way."""
-    lines = []
-    for name in RUNS:
-        ways = [f"{title} {way}" for title, kind in ALONG.items() if (way := along(out / name, kind))]
-        if ways:
-            log = map(json.loads, (out / name / "log.jsonl").read_text().splitlines())
-            norm = statistics.median(step["gradient_norm"] for step in log)
-            lines.append(f"- {name}, gradient {norm:.2g}, {'; '.join(ways)}")
-    return "\n".join(lines)
-
-
-def along(run: Path, kind: str) -> str:
+def along(run: Path, kind: str) -> dict[str, float]:
     """One score after each step at which it was measured."""
     values = {int(path.stem.split("-")[-1]): mean_of(read_json(path)) for path in run.glob(f"{kind}-step-*.json")}
-    return ", ".join(f"{step}: {value:.3f}" for step, value in sorted(values.items()))
+    return {str(step): values[step] for step in sorted(values)}
 
 
-def size_lines(out: Path) -> str:
-    """The mean square of the base model's states by block, if it is known."""
-    path = out / "base" / "squares.json"
-    found = read_json(path) if path.is_file() else {}
-    return "\n".join(
-        f"- mean square, {name}: {statistics.mean(squares):.4g}; by block {', '.join(f'{s:.3g}' for s in squares)}"
-        for name, squares in found.items()
+# --- from data to a page ---------------------------------------------------------------------------
+
+
+def page(data: dict[str, Any]) -> str:
+    """Per regime each setting, what it differs from SFT, and each run along the way; the sizes of the states."""
+    parts = []
+    for regime in REGIMES:
+        title = f"## The {regime} regime"
+        parts += [title, regime_table(data[regime]), f"{title}, less SFT", difference_table(data[regime])]
+        parts += [f"{title}, along the way", curve_table(data["curves"], regime)]
+    sizes = [[name, f"{each['mean']:.4g}", blocks(each["by_block"])] for name, each in data["mean_squares"].items()]
+    return (
+        "\n\n".join([*parts, "## Size of the states", markdown(["positions", "mean square", "by block"], sizes)]) + "\n"
     )
+
+
+def labelled(settings: Iterable[str]) -> dict[str, str]:
+    """These settings and their labels, in the order of the labels."""
+    return {name: label for name, label in LABELS.items() if name in settings}
+
+
+def regime_table(settings: dict[str, Any]) -> str:
+    """A row for each setting: its columns, and the test NLL of each seed."""
+    rows = []
+    for name, label in labelled(settings).items():
+        known = settings[name]
+        cells = [cell(known[column], digits) if column in known else "" for column, (_, digits) in COLUMNS.items()]
+        rows.append([label, *cells, ", ".join(f"{value:.3f}" for value in known["nll"].get("by_seed", {}).values())])
+    return markdown(["setting", *(head for head, _ in COLUMNS.values()), "test NLL by seed"], rows)
+
+
+def cell(value: dict[str, float], digits: int) -> str:
+    return " ± ".join(f"{value[part]:.{digits}f}" for part in ("mean", "error"))
+
+
+def difference_table(settings: dict[str, Any]) -> str:
+    """A row for each setting with several seeds."""
+    rows = []
+    for name, label in labelled(settings).items():
+        if less := settings[name].get("minus_sft"):
+            cells = [
+                written([*less[column].values()], n) if column in less else "" for column, (_, n) in COLUMNS.items()
+            ]
+            rows.append([label, *cells])
+    return markdown(["setting", *(head for head, _ in COLUMNS.values())], rows)
+
+
+def curve_table(curves: dict[str, Any], regime: str) -> str:
+    """A row for each run and what was measured on its way, a column for each step."""
+    runs = {name: curve for name, curve in curves.items() if name.startswith(f"{regime}-")}
+    steps = sorted({step for curve in runs.values() for step in curve["nll"]}, key=int)
+    rows = []
+    for name, label in LABELS.items():
+        for run in (f"{regime}-{name}-{seed}" for seed in SEEDS):
+            ways = [kind for kind in ALONG if kind in runs.get(run, {})]
+            rows += [curve_row(f"{label}, seed {run[-2:]}", runs[run], kind, steps) for kind in ways]
+    return markdown(["run", "gradient", "measured", *(f"step {step}" for step in steps)], rows)
+
+
+def curve_row(label: str, curve: dict[str, Any], kind: str, steps: list[str]) -> list[str]:
+    """One measurement of a run."""
+    values = [f"{curve[kind][step]:.3f}" if step in curve[kind] else "" for step in steps]
+    return [label, f"{curve['gradient']:.2g}", ALONG[kind], *values]
+
+
+def blocks(squares: list[float] | dict[str, float]) -> str:
+    """The mean square of the states of each block, or of those that are known."""
+    known = squares.items() if isinstance(squares, dict) else enumerate(squares, 1)
+    return ", ".join(f"{name}: {square:.3g}" for name, square in known)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_means_and_paired_differences() -> None:
     assert seeds.difference([0.2, 0.3, 0.4], [0.1, 0.2, 0.301]) == "**+10.0 [+9.8, +10.1]**"
 
 
-def test_tables_are_made_from_any_runs(tmp_path: Path) -> None:
+def test_tables_are_made_from_any_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def look_up(spec: Spec) -> dict[str, Any]:
         shade = 0.01 * (spec.seed % 3) + 0.1 * (spec.method == "sft")
         training = {
@@ -113,8 +113,9 @@ def test_tables_are_made_from_any_runs(tmp_path: Path) -> None:
         }
         return {"scores": scores(shade, 0.5), "training": training} | rest
 
-    (tmp_path / "times.json").write_text(json.dumps({"SFT": [1.0, 1.1], "LfU (LoRA)": [2.0, 2.1]}))
-    for name, table in report.sections(look_up, CHOICES, tmp_path).items():
+    monkeypatch.setattr(report, "look_up_in", lambda data: look_up)
+    times = {"SFT": [1.0, 1.1], "LfU (LoRA)": [2.0, 2.1]}
+    for name, table in report.sections({"choices": CHOICES, "seconds of a gradient": times}).items():
         lines = [line for line in table().splitlines() if line.startswith("|")]
         assert len(lines) > 3, name
         assert "nan" not in table()
@@ -133,8 +134,8 @@ def test_what_is_kept_is_compared_at_the_same_task_score() -> None:
 
 def test_a_page_of_runs_that_were_not_made_says_so(tmp_path: Path) -> None:
     (tmp_path / "choices.json").write_text(json.dumps(CHOICES))
-    report.write(tmp_path, tmp_path / "page")
-    assert (tmp_path / "page" / "miniature.md").read_text().count("Not run yet.") == 14
+    data = report.gather(tmp_path)
+    assert report.page(data).count("Not run yet.") == 14
     assert not (tmp_path / "runs").exists()
 
 

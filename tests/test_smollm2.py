@@ -9,7 +9,6 @@ import torch
 from commands import MINI, sums, uneven_sums, write_rows
 
 from experiments import smollm2, smollm2_runs
-from experiments.smollm2 import table
 from experiments.smollm2_runs import FORMS, TOPICS, Paths, load_world, run_all
 from lfu import model
 from lfu.checkpoints import checkpoints
@@ -132,17 +131,43 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(
         run_all(paths, ["small-sft-42"])
 
 
-def test_the_table_has_a_row_for_each_setting_and_a_line_for_each_run(out: Path) -> None:
-    lines = table(out).splitlines()
-    cells = {line.split("|")[1].strip(): line.split("|") for line in lines if line.startswith("|")}
-    assert list(cells) == ["small", "---", "base", "sft", "stopped"]
+def test_what_is_gathered_has_every_setting_and_run(out: Path) -> None:
+    data = smollm2.gathered(out)
+    assert list(data["small"]) == ["base", "sft", "stopped"]
+    tuned = read_json(out / "small-sft-42" / "scores.json")
+    assert data["small"]["sft"]["nll"] == {
+        "mean": tuned["nll"]["mean"],
+        "error": tuned["nll"]["error"],
+        "by_seed": {"42": tuned["nll"]["mean"]},
+    }
+    assert data["small"]["base"]["strict"]["mean"] == 100 * read_json(out / "base" / "scores.json")["strict"]["mean"]
+    curve = data["curves"]["small-sft-42"]
+    assert curve["nll"]["2"] == read_json(out / "small-sft-42" / "nll-step-2.json")["nll"]["mean"]
+    assert [list(curve[kind]) for kind in ("nll", "held", "drift")] == [["2", "4", "6"]] * 3
+    assert curve["gradient"] > 0
+
+
+def test_the_page_has_a_row_for_each_setting_and_measurement(out: Path) -> None:
+    text = smollm2.page(smollm2.gathered(out))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     tuned = read_json(out / "small-sft-42" / "scores.json")["nll"]
-    assert cells["sft"][2].strip() == f"{tuned['mean']:.3f} ± {tuned['error']:.3f}"
-    (curve,) = (line for line in lines if line.startswith("- small-sft-42"))
-    along = read_json(out / "small-sft-42" / "nll-step-2.json")["nll"]["mean"]
-    assert f"test NLL after step 2: {along:.3f}, 4: " in curve
-    assert "; held back 2: " in curve and "; drift 2: " in curve
-    assert [line.split(":")[0] for line in lines[-2:]] == ["- mean square, answers", "- mean square, rows"]
+    assert ["SFT", f"{tuned['mean']:.3f} ± {tuned['error']:.3f}"] in [row[:2] for row in rows]
+    along = read_json(out / "small-sft-42" / "drift-step-2.json")["drift"]["mean"]
+    assert [*rows[-5][:1], *rows[-5][2:4]] == ["SFT, seed 42", "drift", f"{along:.3f}"]
+    assert [row[0] for row in rows[-2:]] == ["answers", "rows"]
+    assert "nan" not in text
+    assert smollm2.LABELS.keys() == {"base", *smollm2_runs.SETTINGS}
+
+
+def test_gathering_replaces_what_is_known_and_keeps_the_rest() -> None:
+    old = {"about": 1, "small": {"sft": 1, "lora": 1}, "curves": {"small-sft-42": 1}}
+    new = {"small": {"sft": 2}, "full": {"sft": 2}, "curves": {"full-sft-42": 2}}
+    assert smollm2.merged(old, new) == {
+        "about": 1,
+        "small": {"sft": 2, "lora": 1},
+        "full": {"sft": 2},
+        "curves": {"small-sft-42": 1, "full-sft-42": 2},
+    }
 
 
 def test_differences_from_sft_are_paired_by_seed(tmp_path: Path) -> None:
@@ -157,9 +182,9 @@ def test_differences_from_sft_are_paired_by_seed(tmp_path: Path) -> None:
         write_json(tmp_path / f"small-{name}" / "scores.json", {"nll": {"mean": nll, "error": 0.1}})
     write_json(tmp_path / "small-lora-42" / "held.json", {"nll": {"mean": 0.5, "error": 0.1}})
     write_json(tmp_path / "small-sft-42" / "held.json", {"nll": {"mean": 0.75, "error": 0.1}})
-    head, _, *rows = smollm2.difference_table(tmp_path, "small").splitlines()
-    assert head.startswith("| small, less SFT | test NLL | strict % |")
-    (cells,) = ([cell.strip() for cell in row.split("|")] for row in rows)
-    assert cells[1:3] == ["lora", "-0.200 [-1.471, +1.071]"]  # mean of -0.1 and -0.3, ± 12.706 times its error of 0.1
-    assert cells[-2] == "-0.250"
-    assert set(cells[3:-2]) == {""}
+    settings = smollm2.gathered(tmp_path)["small"]
+    assert "minus_sft" not in settings["gem"] and "minus_sft" not in settings["sft"]
+    (cells,) = smollm2.difference_table(settings).splitlines()[2:]
+    known = [cell.strip() for cell in cells.split("|")[1:-1]]
+    # The mean of -0.1 and -0.3, ± 12.706 times its error of 0.1.
+    assert known == ["LfU (LoRA) λ 5", "-0.200 [-1.471, +1.071]", *[""] * 5, "-0.250"]

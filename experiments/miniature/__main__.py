@@ -5,9 +5,9 @@
     python -m experiments               # everything, choosing included: hours, and it continues where it stopped
 
 Writes one JSON file for each run. The first two print their tables; everything also makes `miniature.json` with all
-runs, a page `miniature.md`, and figures (if matplotlib is installed: `pip install '.[plot]'`). The settings chosen are
-in `choices.json` beside this file; the whole run chooses anew. A folder of runs belongs to one version of code and
-weights.
+runs and `miniature.md` with all tables; copied to docs/, the former is what `make tables` and `make figures` show. The
+settings chosen are in `choices.json` beside this file; the whole run chooses anew. A folder of runs belongs to one
+version of code and weights.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from experiments.miniature import plan, report, tables
 from experiments.miniature.mini import MINI, Spec, result, step_times
-from lfu.io.files import read_json, sha256, write_json
+from lfu.io.files import read_json, sha256, write_json, write_text
 
 HERE = Path(__file__).parent
 CHOICES = HERE / "choices.json"
@@ -38,9 +38,8 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one seed of the main table")
     size.add_argument("--main", action="store_true", help="three seeds of the main table")
-    size.add_argument("--report", action="store_true", help="run nothing; write the page of a whole run that is there")
-    parser.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder of the runs and of the page")
-    parser.add_argument("--page", type=Path, help="folder for the page and its figures (default: OUT)")
+    size.add_argument("--report", action="store_true", help="run nothing; gather a whole run that is there")
+    parser.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder of the runs")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one core each")
     parsed = parser.parse_args()
     start = time.perf_counter()
@@ -58,7 +57,9 @@ def main() -> None:
             parser.error(f"{parsed.out} holds no whole run: {parsed.out / 'choices.json'} does not exist.")
         if not parsed.report:
             run_whole(parsed.out, parsed.workers)
-        report.write(parsed.out, parsed.page or parsed.out)
+        data = report.gather(parsed.out)
+        write_json(parsed.out / "miniature.json", data)
+        write_text(parsed.out / "miniature.md", report.page(data))
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
 
 

@@ -1,7 +1,7 @@
 """Every table of the paper in miniature with its errors, beside the paper's numbers.
 
 A mean is over seeds, ± its standard error. Differences from SFT are paired by seed, with a 95 % interval (`seeds.py`).
-Read next: `figures.py`.
+Read next: `report.py`.
 """
 
 import statistics
@@ -18,7 +18,7 @@ from experiments.seeds import difference, interval, mean
 from lfu.evaluation.generative import PROMPT_VARIANTS
 from lfu.profiling.bench import spread
 
-COLUMNS = [*SPLITS, "average", "balance"]
+COLUMNS = [*SPLITS, "kept", "average", "balance"]
 GRADIENT = ["gradient norm", "clipped steps"]
 Found = dict[str, Sequence[Sequence[float]]]
 """Row -> column -> by seed."""
@@ -77,13 +77,15 @@ def main_tables(look_up: plan.LookUp, choices: plan.Choices, seeds: Sequence[int
         ("mixed", paper.TABLE_2, paper.RANKS_2),
     ):
         groups = {row: [main_spec(choices, data, row, seed) for seed in seeds] for row in plan.TRIALS}
-        parts += [
-            f"Fine-tuned on `{data}`, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}:",
-            score_table(look_up, groups, published, published_ranks),
-            "Difference from SFT, paired by seed, in percentage points:",
-            difference_table(look_up, groups, groups["SFT"]),
-        ]
+        title, count = f"Fine-tuned on {data}", f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}:"
+        parts += [f"### {title}", count, score_table(look_up, groups, published, published_ranks)]
+        parts += less_sft(title, difference_table(look_up, groups, groups["SFT"]))
     return "\n\n".join(parts)
+
+
+def less_sft(title: str, table: str) -> list[str]:
+    """The table of differences that goes with another of this title."""
+    return [f"### {title}, less SFT", table]
 
 
 def main_spec(choices: plan.Choices, data: str, row: str, seed: int) -> Spec:
@@ -145,6 +147,8 @@ def few(choices: plan.Choices, row: str) -> list[Spec]:
 
 def table_3(times: dict[str, list[float]]) -> str:
     """Time of a step over that of SFT."""
+    if not times:
+        raise FileNotFoundError("times.json")
     rows = [
         [
             row,
@@ -153,7 +157,8 @@ def table_3(times: dict[str, list[float]]) -> str:
         ]
         for row, seconds in times.items()
     ]
-    return markdown(["method", "time of a gradient, SFT = 1: median of 50 rounds (least to greatest)", "paper"], rows)
+    table = markdown(["method", "time of a gradient, SFT = 1", "paper"], rows)
+    return f"{table}\n\nMedian of 50 rounds (least to greatest)."
 
 
 # --- the other tables -----------------------------------------------------------------------------
@@ -185,8 +190,8 @@ def tables_6_and_11(look_up: plan.LookUp, choices: plan.Choices) -> str:
     rows = {"SFT": plan.TRIALS, "LfU (LoRA)": plan.TRIALS, "LfU (RepS)": plan.TRIALS} | plan.MORE_TRIALS
     groups = {row: few(choices, row) for row in rows}
     published = paper.ALTERNATIVES | {name: paper.TABLE_1[name] for name in ("SFT", "LfU (LoRA)", "LfU (RepS)")}
-    parts = [group_table(look_up, groups, published, "method"), "Difference from SFT:"]
-    return "\n\n".join([*parts, difference_table(look_up, groups, groups["SFT"])])
+    differences = difference_table(look_up, groups, groups["SFT"])
+    return "\n\n".join([group_table(look_up, groups, published, "method"), *less_sft("Alternatives", differences)])
 
 
 def sweep_tables(look_up: plan.LookUp, choices: plan.Choices, names: Iterable[str]) -> str:
@@ -199,8 +204,9 @@ def sweep_tables(look_up: plan.LookUp, choices: plan.Choices, names: Iterable[st
         if name == "layers":
             groups = dict(zip(("early", "middle", "late"), groups.values()))
             published = paper.LAYERS
-        parts += [f"{row}, {parameter}; the rest as chosen:", group_table(look_up, groups, published, parameter)]
-        parts += ["Difference from SFT:", difference_table(look_up, groups, sft, parameter)]
+        title = f"{row}: {parameter}"
+        parts += [f"### {title}", group_table(look_up, groups, published, parameter)]
+        parts += less_sft(title, difference_table(look_up, groups, sft, parameter))
     return "\n\n".join(parts)
 
 
@@ -218,8 +224,8 @@ def table_12(look_up: plan.LookUp, choices: plan.Choices) -> str:
         for row, scores in paper.EPOCHS.items()
     ]
     longer = [[str(n), *differences(look_up, specs, runs["SFT"][n])] for n, specs in runs["LfU (LoRA)"].items()]
-    parts = [table, "LfU (LoRA) less SFT of as many epochs:", markdown(["epochs", *COLUMNS], longer)]
-    return "\n\n".join([*parts, f"The paper, GSM8K, by epochs: {'; '.join(theirs)}."])
+    parts = [table, f"The paper, GSM8K, by epochs: {'; '.join(theirs)}."]
+    return "\n\n".join([*parts, *less_sft("LfU (LoRA), by epochs", markdown(["epochs", *COLUMNS], longer))])
 
 
 def table_4(look_up: plan.LookUp, choices: plan.Choices) -> str:
@@ -238,7 +244,7 @@ def table_4(look_up: plan.LookUp, choices: plan.Choices) -> str:
     steps = [f"{step} steps" for step in after]
     ours = ["complied, 20 steps", "aligned: loss", "gradient", "moved"]
     table = markdown(["method", *steps, *ours, "paper, 0 / 5 steps: HEx-PHI", "PureBad", "AdvBench"], rows)
-    return f"{table}\n\nDifference from SFT:\n\n{less_sft(steps, rates)}"
+    return "\n\n".join([table, *less_sft("Success of the attack", paired(steps, rates))])
 
 
 def figure_5(look_up: plan.LookUp, choices: plan.Choices) -> str:
@@ -248,14 +254,15 @@ def figure_5(look_up: plan.LookUp, choices: plan.Choices) -> str:
         shares = [look_up(spec)["prompts"] for spec in specs]
         found[row] = [*zip(*shares), list(map(statistics.mean, shares)), list(map(statistics.pstdev, shares))]
     heads = [*(f"“{wording.partition('{')[0].strip()}”" for wording in PROMPT_VARIANTS), "mean", "deviation"]
-    return with_differences(heads, found, lambda values: str(mean(values)))
+    return with_differences("Five prompts", heads, found, lambda values: str(mean(values)))
 
 
 def figure_6(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """Cosine of clean and noisy states, block by block."""
     groups = figure_groups(choices)
     found: Found = {row: [*zip(*(look_up(spec)["noise"] for spec in specs))] for row, specs in groups.items()}
-    return with_differences([f"block {i + 1}" for i in range(len(found["base"]))], found, cosine, digits=2)
+    heads = [f"block {i + 1}" for i in range(len(found["base"]))]
+    return with_differences("Cosine times 100", heads, found, cosine, digits=2)
 
 
 def cosine(values: Sequence[float]) -> str:
@@ -263,13 +270,15 @@ def cosine(values: Sequence[float]) -> str:
     return f"{m.value:.4f}" + (f" ± {m.error:.4f}" if m.n > 1 else "")
 
 
-def with_differences(heads: list[str], found: Found, cell: Callable[[Sequence[float]], str], digits: int = 1) -> str:
+def with_differences(
+    title: str, heads: list[str], found: Found, cell: Callable[[Sequence[float]], str], digits: int = 1
+) -> str:
     """What was found; then, paired by seed, what it differs from SFT."""
     table = markdown(["method", *heads], [[row, *map(cell, columns)] for row, columns in found.items()])
-    return f"{table}\n\nDifference from SFT, in hundredths:\n\n{less_sft(heads, found, digits)}"
+    return "\n\n".join([table, *less_sft(title, paired(heads, found, digits))])
 
 
-def less_sft(heads: list[str], found: Found, digits: int = 1) -> str:
+def paired(heads: list[str], found: Found, digits: int = 1) -> str:
     """What was found, less SFT's of the same seeds; the base model has none."""
     less = partial(difference, digits=digits)
     rows = [[row, *map(less, each, found["SFT"])] for row, each in found.items() if row not in ("base", "SFT")]
@@ -277,7 +286,7 @@ def less_sft(heads: list[str], found: Found, digits: int = 1) -> str:
 
 
 def figure_groups(choices: plan.Choices) -> dict[str, list[Spec]]:
-    """The runs behind Figures 5 and 6."""
+    """The runs of Figures 5 and 6."""
     base = {"base": [plan.base(measures=plan.figures_5_6(0))]}
     return base | {row: few(choices, row) for row in plan.TRIALS}
 
@@ -296,7 +305,7 @@ def frontier_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
     head = ["method", "seeds", "task", "kept", "kept beyond SFT of the same task score", "seeds within SFT's scores"]
     fast = f"SFT at {max(plan.TWO_RATES):g}"
     table = difference_table(look_up, plan.faster(choices), curve[fast])
-    return f"{markdown(head, rows)}\n\nDifference from {fast}, paired by seed, in percentage points:\n\n{table}"
+    return "\n\n".join([markdown(head, rows), *less_sft(f"At {max(plan.TWO_RATES):g}", table)])
 
 
 def beside_the_curve(choices: plan.Choices) -> dict[str, list[Spec]]:
@@ -325,13 +334,11 @@ def causes_table(look_up: plan.LookUp, choices: plan.Choices) -> str:
     """What changes with the micro-batch and the precision; and how much of the gradient is clipped."""
     rows, changes = [], []
     for row, groups in plan.causes(choices).items():
-        changes += [f"{row}:", difference_table(look_up, groups, groups["as chosen"])]
+        changes += [f"### {row}, less as chosen", difference_table(look_up, groups, groups["as chosen"])]
         for cause, specs in groups.items():
             rows.append([row, cause, *averages(look_up, specs), *gradient_cells([look_up(spec) for spec in specs])])
     table = markdown(["method", "setting", *COLUMNS, *GRADIENT], rows)
-    return "\n\n".join(
-        [table, "Difference from the setting as chosen, paired by seed, in percentage points:", *changes]
-    )
+    return "\n\n".join([table, *changes])
 
 
 def trials_table(look_up: plan.LookUp, trials: dict[str, list[Trial]]) -> str:
@@ -359,11 +366,12 @@ def settings(trial: Trial) -> list[str]:
     return [f"{rate:g}", ", ".join([method, *(f"{name} {value}" for name, value in hyper)])]
 
 
-def squares_line(look_up: plan.LookUp) -> str:
+def squares_table(look_up: plan.LookUp) -> str:
     """What an absolute norm of a block's change is proportional to."""
     squares = look_up(plan.base(measures=("squares",)))["squares"]
-    by_block = ", ".join(f"{square:.0f}" for square in squares)
-    return f"Mean square of the bare model's states, by block: {by_block}; of all blocks {mean(squares).value:.0f}."
+    heads = [f"block {block}" for block in range(1, len(squares) + 1)]
+    cells = [f"{square:.0f}" for square in [*squares, mean(squares).value]]
+    return f"### Size of the states\n\n{markdown(['bare model', *heads, 'all'], [['mean square', *cells]])}"
 
 
 def rewritten_line(look_up: plan.LookUp, choices: plan.Choices) -> str:
