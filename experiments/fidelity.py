@@ -127,7 +127,8 @@ def save(path: Path | None, numbers: dict[str, Any]) -> None:
     if path is None:
         return
     how = shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-    where = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    where = f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
     write_json(path, {"about": {"date": date.today().isoformat(), "machine": where, "command": how}} | numbers)
 
 
