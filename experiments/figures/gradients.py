@@ -69,8 +69,6 @@ def paper_and_code() -> Figure:
         panel.set(title=title, xlim=(-1.1, 1.1), xticks=(-1, 0, 1))
         panel.tick_params(axis="y", left=False)
     write_names(panels[0], places)
-    panels[0].margins(y=0.02)
-    panels[0].invert_yaxis()
     note(figure, "cosine with the paper's algorithm; filled: SmolLM2 on GSM8K, hollow: miniature model")
     return figure
 
@@ -90,6 +88,7 @@ def write_names(panel: Axes, places: dict[str, dict[str, int]]) -> None:
     names = {place: name.replace("`", "") for part in places.values() for name, place in part.items()}
     heads = {min(rows.values()) - 1: part for part, rows in places.items()}
     panel.set_yticks([*names, *heads], [*names.values(), *heads.values()], fontsize=8.5)
+    panel.set_ylim(max(names) + 0.7, min(heads) - 0.7)
     for tick, part in zip(panel.get_yticklabels()[len(names) :], heads.values()):
         tick.set(color=PARTS[part], fontweight="bold")
 

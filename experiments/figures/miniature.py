@@ -113,7 +113,7 @@ def draw_lfu(panel: Axes) -> Spot:
         hollow = spot(plan.sweeps(choices)[sweep][published])
         draw_spots(panel, row, [chosen, fast[row]])
         draw_spots(panel, row, [hollow], markerfacecolor=PAPER, linestyle="")
-        text = f"{row}, λ {lam:g},\nat 0.003 and 0.01"
+        text = f"{row}, λ {lam:g},\nat {choices[row][1]:g} and {max(plan.TWO_RATES):g}"
         label(panel, text, fast[row].center, place, color=color, fontweight="bold")
         label(panel, f"{row}, published λ {published:g}", hollow.center, place_hollow, leader=True, color=color)
     return fast["LfU (LoRA)"]
@@ -124,7 +124,7 @@ def draw_gain(panel: Axes, slow: Spot, ours: Spot) -> None:
     how = {"arrowstyle": "->", "color": INK, "shrinkA": 8, "shrinkB": 8}
     panel.annotate("", ours.center, slow.center, arrowprops=how)
     gain = ours.kept.value - slow.kept.value
-    label(panel, f"{gain:+.1f} kept\nat 0.01", slow.center, (10, 18))
+    label(panel, f"{gain:+.1f} kept\nat {max(plan.TWO_RATES):g}", slow.center, (10, 18))
 
 
 def draw_baselines(panel: Axes, sft: Spot) -> None:
@@ -140,7 +140,7 @@ def draw_baselines(panel: Axes, sft: Spot) -> None:
             near.append(row)
         else:
             label(panel, row, at.center, PLACES.get(row, (6, -3)), color=BASELINE, fontsize=9)
-    label(panel, f"as SFT: {', '.join(near)}", sft.center, (-30, -92), True, color=BASELINE, fontsize=9)
+    label(panel, f"as SFT: {', '.join(near)}", sft.center, (-30, -92), leader=True, color=BASELINE, fontsize=9)
 
 
 def draw_bare_model(panel: Axes) -> None:
@@ -194,7 +194,6 @@ def draw_difference(panel: Axes, place: int, row: str, m: Measured) -> None:
 
 # --- the attack -----------------------------------------------------------------------------------
 
-
 AT = {"SFT": 9, "NEFTune": 9, "GEM": 5, "IM": 8, "SDFT": 13}
 """Steps at which the curves have their labels; the others at the last."""
 
@@ -235,7 +234,6 @@ def sweeps() -> Figure:
         label(panel, "published", (published, 52), (4, 0), color=BASELINE, fontsize=9)
         panel.set_title(row)
         panel.set_xlabel({"lam": "λ", "alpha": "α"}[parameter])
-    label(panels[2], "SFT", (1, 27.2), (0, 8), color=SFT)
     panels[0].set_ylabel("learned (solid) and kept (dashed), %")
     panels[0].set_ylim(0, 100)
     note(figure, "miniature model, test scores; mean and range of three seeds")
@@ -246,7 +244,9 @@ def draw_sweep(panel: Axes, row: str, groups: dict[Any, list[Spec]]) -> None:
     """Both scores of three seeds by the value of a hyper-parameter, over SFT's."""
     sft = [tables.main_spec(runs().choices, "math", "SFT", seed) for seed in plan.FEW_SEEDS]
     for score, line in ((plan.TASK, "-"), ("kept", "--")):
-        panel.axhline(mean(scores(sft, score)), color=SFT, linewidth=1.2, linestyle=line)
+        height = mean(scores(sft, score))
+        panel.axhline(height, color=SFT, linewidth=1.2, linestyle=line)
+        label(panel, "SFT", (max(groups), height), (-2, 7 if score == plan.TASK else -8), color=SFT)
         by_value = [scores(specs, score) for specs in groups.values()]
         panel.plot(list(groups), list(map(mean, by_value)), **style_of(row) | {"linestyle": line})
         band(panel, list(groups), map(min, by_value), map(max, by_value), style_of(row)["color"])

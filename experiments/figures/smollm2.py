@@ -16,6 +16,7 @@ LAMBDAS = {
 }
 """Method -> its labels and rows; the published λ are 5 and 0.1."""
 TO_THE_LEFT = ("lora", "reps", "reps10")
+"""Rows whose labels stand there."""
 BASELINES = {"NEFTune": "neftune", "GEM": "gem", "IM": "im"}
 
 
@@ -26,13 +27,13 @@ def overfitting() -> Figure:
         style, by_seed = style_of(name.partition(",")[0]), curves(row, "nll")
         steps = sorted(set.intersection(*map(set, by_seed)))
         values = [[curve[step] for curve in by_seed] for step in steps]
-        panel.plot(steps, list(map(mean, values)), **style)
+        means = dict(zip(steps, map(mean, values)))
+        panel.plot(steps, list(means.values()), **style)
         band(panel, steps, map(min, values), map(max, values), style["color"])
-        label(panel, name, (steps[-1], mean(values[-1])), color=style["color"], fontweight="bold")
+        label(panel, name, (steps[-1], means[steps[-1]]), color=style["color"], fontweight="bold")
         if row == "sft":
-            best = min(steps, key=lambda step: mean(values[steps.index(step)]))
-            at = best, mean(values[steps.index(best)])
-            label(panel, "stopped here, SFT predicts best", at, (0, -13), color=SFT)
+            best = min(means, key=means.__getitem__)
+            label(panel, "stopped here, SFT predicts best", (best, means[best]), (0, -13), color=SFT)
     panel.set_xlim(6, 51)
     panel.set_ylim(bottom=0.9)
     panel.set_xticks(range(8, 41, 8))
@@ -51,7 +52,7 @@ def curves(row: str, name: str) -> list[dict[int, float]]:
 
 def nll_against_drift() -> Figure:
     """SFT step by step, and where the other methods end."""
-    figure, panel = card("LfU escapes SFT's overfitting; SFT stopped at step 16 predicts better still", 5)
+    figure, panel = card("LfU (LoRA) escapes SFT's overfitting; SFT stopped in time predicts better still", 5)
     nll, drift = curves("sft", "nll")[0], curves("sft", "drift")[0]
     steps = [step for step in nll if step > 4]
     panel.plot([drift[step] for step in steps], [nll[step] for step in steps], **style_of("SFT") | {"markersize": 4})
