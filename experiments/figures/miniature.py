@@ -157,7 +157,7 @@ def draw_bare_model(panel: Axes) -> None:
 
 def differences() -> Figure:
     """A forest plot: every score of every method less SFT's, for both fine-tuning sets."""
-    rows = [row for row in plan.TRIALS if row != "SFT"]
+    rows = sorted((row for row in plan.TRIALS if row != "SFT"), key=METHODS.__contains__)  # LfU on top
     finding = "LfU (LoRA) keeps a little more than SFT; LfU (RepS) trades task for keeping"
     figure, panels = card(finding, 5.6, 2, len(SPLITS), sharey=True)
     for across, data in zip(panels, plan.DATAS):
@@ -194,8 +194,8 @@ def draw_difference(panel: Axes, place: int, row: str, m: Measured) -> None:
 
 # --- the attack -----------------------------------------------------------------------------------
 
-AT = {"SFT": 9, "NEFTune": 9, "GEM": 5, "IM": 8, "SDFT": 13}
-"""Steps at which the curves have their labels; the others at the last."""
+AT = {"NEFTune": 9, "GEM": 5, "IM": 8, "LfU (LoRA)": 20, "LfU (RepS)": 20}
+"""Steps at which curves have their labels; the others where half of the prompts are not refused, or at the last."""
 
 
 def attack() -> Figure:
@@ -212,8 +212,8 @@ def attack() -> Figure:
             band(panel, steps, map(min, by_step), map(max, by_step), style["color"])
         else:
             panel.plot(steps, means, color=BASELINE, linewidth=1)
-        at = AT.get(row, 20)
-        label(panel, row, (at, means[at]), (6, 0) if at == 20 else (-6, 4), color=panel.lines[-1].get_color())
+        at = AT.get(row, next((step for step in steps if means[step] > 50), steps[-1]))
+        label(panel, row, (at, means[at]), (6, 0) if at == steps[-1] else (-6, 4), color=panel.lines[-1].get_color())
     panel.set_xticks(range(0, 21, 5))
     panel.set_xlabel("steps of harmful fine-tuning")
     panel.set_ylabel("harmful prompts not refused, %")
