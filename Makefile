@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-.PHONY: install test test-oldest mutants crash fuzz lint demo walkthrough walkthrough-check tables scale clean
+.PHONY: install test test-oldest mutants crash fuzz lint demo walkthrough walkthrough-check tables figures scale clean
 
 install: $(VENV)/installed
 
@@ -47,6 +47,10 @@ walkthrough-check: $(VENV)/installed-docs
 # The pages of docs/tables, from the JSON files of docs/.
 tables: $(VENV)/installed
 	$(BIN)/python -m experiments.tables
+
+# The figures of docs/figures, from the same files.
+figures: $(VENV)/installed-docs
+	$(BIN)/python -m experiments.figures
 
 # Random weights in the shape of Llama-3.1-8B, then of Mistral-7B (16 and 15 GB on disk), and one LfU step of each kind.
 scale: $(VENV)/installed

@@ -68,17 +68,23 @@ Average = Callable[[Callable[[slice], Tensor], Batch], Tensor]
 
 
 def main() -> None:
-    parsed = fidelity.arguments(__doc__).parse_args()
+    parser = fidelity.arguments(__doc__)
+    parser.add_argument("--json", type=Path, help="file for the tables' numbers as data")
+    parsed = parser.parse_args()
     tokenizer = load_tokenizer(parsed.model, read_config(parsed.model / "config.json").vocab_size)
     rows, form = read_rows(parsed.data), Format(parsed.template)
     examples = [encode_row(tokenizer, form, row) for row in rows]
     case = load_case(parsed.model, parsed.adapter, examples[:ROWS])
-    show("LfU (LoRA)", lora_rows(case))
-    show("LfU (RepS)", reps_rows(case))
-    show("One optimizer step of 16 rows, LfU (LoRA)", step_rows(case, tokenizer))
+    tables = {
+        "LfU (LoRA)": lora_rows(case),
+        "LfU (RepS)": reps_rows(case),
+        "One optimizer step of 16 rows, LfU (LoRA)": step_rows(case, tokenizer),
+    }
+    found = {title: show(title, rows) for title, rows in tables.items()}
     print(alongside_sft(case))
     print(lengths(examples))
     print(unmoved(Settings().learning_rate))
+    fidelity.save(parsed.json, found)
 
 
 def load_case(folder: Path, adapter: Path | None, examples: list[Example]) -> Case:
@@ -89,15 +95,16 @@ def load_case(folder: Path, adapter: Path | None, examples: list[Example]) -> Ca
     return Case(config, base, task, examples, batch, released.padded(other))
 
 
-def show(title: str, rows: Rows) -> None:
-    """A table; its first row is what the others are compared with."""
+def show(title: str, rows: Rows) -> dict[str, list[fidelity.Agreement]]:
+    """Print a table, row by row; its first row is what the others are compared with. Returns the others."""
     print(f"\n{title}\n\n| what is different | consistency | whole gradient |\n|---|---|---|")
     (_, reference), *others = rows
-    expected = reference()
+    expected, table = reference(), {}
     for name, measure in others:
-        found = measure()
-        print(f"| {name} | " + " | ".join(map(fidelity.compared, found, expected)) + " |", flush=True)
+        table[name] = list(map(fidelity.compared, measure(), expected))
+        print(f"| {name} | " + " | ".join(map(str, table[name])) + " |", flush=True)
     print()
+    return table
 
 
 def block_states(config: Config, base: Params, x: Tensor, hidden: list[Tensor]) -> list[Tensor]:

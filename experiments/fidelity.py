@@ -1,16 +1,21 @@
 """How right are the gradients in low precision? Cosine and norm ratio against float64, at every published setting.
 
     python -m experiments.fidelity --model SMOLLM2 --data gsm8k/train.jsonl
+                                   [--alphas 1e-4 1e-2 1 --json docs/precision.json]
 
 h' - h is far smaller than h. Two passes rounded to bfloat16 differ mostly by noise; the default path rounds the
 difference itself (`model.relative_to`). The columns of the table are the same functions at four precisions; the rows
 are the gradient of the SFT loss (Eq. 1), the ascent direction (Eq. 2), and, ascent step included, the gradient of the
-consistency loss (Eq. 5) and of the whole LfU loss (Eq. 6).
+consistency loss (Eq. 5) and of the whole LfU loss (Eq. 6). `--alphas` adds other lengths of LoRA's ascent step.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +31,7 @@ from lfu.data.batches import Batch, collate
 from lfu.data.rows import read_rows
 from lfu.data.tokens import Format, encode_row, load_tokenizer
 from lfu.io.config import Config, read_config
+from lfu.io.files import write_json
 from lfu.model import Params
 from lfu.profiling.bench import RANK, SCALE
 
@@ -47,6 +53,16 @@ SETTINGS = (
 # So large that taking the SFT gradient away from Eq. 6 again costs the consistency gradient no digits.
 LAMBDA = 1e12
 Gradients = dict[str, Tensor]
+
+
+class Agreement(NamedTuple):
+    """Of a gradient with the reference."""
+
+    cosine: float
+    norm_ratio: float
+
+    def __str__(self) -> str:
+        return f"{self.cosine:.4f}, {self.norm_ratio:.3f}"
 
 
 Patches = dict[str, Callable[..., Any]]
@@ -77,19 +93,23 @@ def patched(patches: Patches) -> Iterator[None]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=4, help="how many rows of the file make the batch")
+    parser.add_argument("--alphas", type=float, nargs="+", default=[], help="more lengths of LoRA's ascent step")
+    parser.add_argument("--json", type=Path, help="file for the same numbers as data")
     parsed = parser.parse_args()
+    settings = SETTINGS + tuple(Setting(f"LoRA, α {alpha:g}, λ 5", "lfu-lora", alpha, 5.0) for alpha in parsed.alphas)
     config = read_config(parsed.model / "config.json")
     task = starting_point(config, parsed.adapter)
     tokenizer, form = load_tokenizer(parsed.model, config.vocab_size), Format(parsed.template)
     batch = collate([encode_row(tokenizer, form, row) for row in read_rows(parsed.data)[: parsed.rows]])
     # The file holds bfloat16, so every dtype starts from the very same weights.
-    reference = gradients(config, load(parsed.model, torch.float64), task, batch)
+    reference = gradients(config, load(parsed.model, torch.float64), task, batch, settings)
     columns = {}
     for name, (dtype, patches) in PRECISIONS.items():
         with patched(patches):
-            found = gradients(config, load(parsed.model, dtype), task, batch)
+            found = gradients(config, load(parsed.model, dtype), task, batch, settings)
         columns[name] = {title: compared(found[title], reference[title]) for title in reference}
     print(table(columns))
+    save(parsed.json, columns)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -100,6 +120,16 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--template", default="alpaca")
     parser.add_argument("--adapter", type=Path, help="task adapter (default: a fresh one)")
     return parser
+
+
+def save(path: Path | None, numbers: dict[str, Any]) -> None:
+    """What was found, with when, where and how."""
+    if path is None:
+        return
+    how = shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    threads = torch.get_num_threads()
+    where = f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+    write_json(path, {"about": {"date": date.today().isoformat(), "machine": where, "command": how}} | numbers)
 
 
 def load(folder: Path, dtype: torch.dtype) -> Params:
@@ -116,12 +146,14 @@ def starting_point(config: Config, adapter: Path | None) -> lora.Lora:
     return lora.init(config, RANK, generator=torch.Generator().manual_seed(0))
 
 
-def gradients(config: Config, base: Params, task: lora.Lora, batch: Batch) -> Gradients:
+def gradients(
+    config: Config, base: Params, task: lora.Lora, batch: Batch, settings: Sequence[Setting] = SETTINGS
+) -> Gradients:
     """Every gradient of the step by name, each as one float64 vector."""
     task = tree_map(partial(Tensor.to, dtype=model.stream_dtype(base)), task)
     sft = flat(train.sft_gradient(config, base, task, batch, scale=SCALE)[0])
     found = {"SFT": sft}
-    for title, name, alpha, lam in SETTINGS:
+    for title, name, alpha, lam in settings:
         ascents: list[Tensor] = []
         with ascending_into(ascents):
             generator = torch.Generator(base.embed.device).manual_seed(1)
@@ -155,8 +187,8 @@ def flat(tree: Any) -> Tensor:
     return torch.cat([leaf.double().flatten() for leaf in tree_leaves(tree)])
 
 
-def compared(found: Tensor, reference: Tensor) -> str:
-    return f"{cosine(found, reference):.4f}, {found.norm() / reference.norm():.3f}"
+def compared(found: Tensor, reference: Tensor) -> Agreement:
+    return Agreement(cosine(found, reference).item(), (found.norm() / reference.norm()).item())
 
 
 def cosine(found: Tensor, reference: Tensor) -> Tensor:
@@ -164,10 +196,10 @@ def cosine(found: Tensor, reference: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(found, reference, dim=0, eps=1e-300)
 
 
-def table(columns: dict[str, dict[str, str]]) -> str:
+def table(columns: dict[str, dict[str, Agreement]]) -> str:
     """One row per gradient, one column per precision."""
     titles = next(iter(columns.values()))
-    rows = [[title, *(column[title] for column in columns.values())] for title in titles]
+    rows = [[title, *(str(column[title]) for column in columns.values())] for title in titles]
     return markdown(["cosine, norm ratio", *columns], rows)
 
 

@@ -146,7 +146,7 @@ def precision(run: Run) -> Table:
     for name, (dtype, patches) in fidelity.PRECISIONS.items():
         with fidelity.patched(patches):
             found = fidelity.gradients(config, bases[dtype], task, batch)
-        rows.append([name, *(fidelity.compared(found[title], expected[title]) for title in titles)])
+        rows.append([name, *(str(fidelity.compared(found[title], expected[title])) for title in titles)])
     return Table(["cosine, norm ratio", *titles], rows, "Against float64 on the same device.")
 
 

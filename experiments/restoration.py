@@ -47,7 +47,7 @@ def main() -> None:
         peft = load(parsed.model, parsed.adapter, dtype, checkpointing)
         right = gradients(peft, batch, other, early=False)
         early = gradients(peft, batch, other, early=True)
-        print(f"| {name} | " + " | ".join(map(fidelity.compared, early, right)) + " |", flush=True)
+        print(f"| {name} | " + " | ".join(map(str, map(fidelity.compared, early, right))) + " |", flush=True)
 
 
 def load(folder: Path, adapter: Path, dtype: torch.dtype, checkpointing: bool) -> nn.Module:

@@ -78,3 +78,10 @@ def test_all_changes_together_are_the_released_reps() -> None:
         perturbed_on=second, states=released.states, mask=differences.answer,
     )  # fmt: skip
     assert_same(found, by_method(case(), "released-reps"))
+
+
+def test_a_table_is_printed_and_returned(capsys: pytest.CaptureFixture[str]) -> None:
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    rows = iter([("reference", lambda: Found(x, x)), ("turned", lambda: Found(y, -x))])
+    assert differences.show("T", rows) == {"turned": [(0.0, 2.0), (-1.0, 1.0)]}
+    assert "| turned | 0.0000, 2.000 | -1.0000, 1.000 |" in capsys.readouterr().out

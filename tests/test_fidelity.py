@@ -7,6 +7,7 @@ import pytest
 from commands import MINI, lfu
 
 from experiments import fidelity, restoration
+from lfu.io.files import read_json
 
 ROWS = MINI / "math" / "train.jsonl"
 INPUT = ["--model", str(MINI), "--data", str(ROWS), "--template", "question"]
@@ -19,12 +20,17 @@ def cells(table: str) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_only_the_default_precision_keeps_every_consistency_gradient(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["fidelity.py", *INPUT])
+    options = ["--alphas", "0.01", "--json", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", *INPUT, *options])
     fidelity.main()
     found = cells(capsys.readouterr().out)
-    assert len(found) == 9
+    assert len(found) == 11
+    about, *columns = read_json(tmp_path / "found.json").values()
+    assert about["command"].startswith("python -m experiments.fidelity --model ")
+    for title, row in found.items():
+        assert [column[title] for column in columns] == [pytest.approx(cell, abs=1e-3) for cell in row]
     for single, *_, default in found.values():
         assert single == (1.0, 1.0)
         assert default == pytest.approx((1.0, 1.0), abs=0.01)
