@@ -74,11 +74,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=["base", *RUNS])
-    parser.add_argument("--json", type=Path, help="of gather")
+    parser.add_argument("--json", type=Path, help="of gather: the file to put the numbers into")
     parsed = parser.parse_args()
     if parsed.what == "gather":
-        if parsed.json is None:
-            parser.error("gather needs --json")
+        if parsed.json is None or not parsed.out.is_dir():
+            parser.error("gather needs --json, and --out with runs")
         write_json(parsed.json, merged(read_optional_json(parsed.json), gathered(parsed.out)))
     elif None in (parsed.model, parsed.gsm8k, parsed.wikitext):
         parser.error("run needs --model, --gsm8k and --wikitext")

@@ -185,13 +185,26 @@ def copy_adapter(folder: Path, config: Config, task: lora.Lora) -> None:
 
 # --- whether it is the same run -------------------------------------------------------------------
 
-MAY_CHANGE = ("model", "data", "valid", "adapter", "out", "device", "remat", "save_every", "keep", "resume")
+MAY_CHANGE = (
+    "model",
+    "data",
+    "valid",
+    "adapter",
+    "reference",
+    "out",
+    "device",
+    "remat",
+    "save_every",
+    "keep",
+    "resume",
+)
 """What a resumed run may give anew: what they point to is compared by checksum instead, or does not matter."""
 IDENTITIES = {
     "model_fingerprint": "the model files differ",
     "data_sha256": "the data file differs",
     "valid_sha256": "the validation file differs",
     "adapter_sha256": "the adapter to continue from differs",
+    "reference_sha256": "the reference differs",
     "adapter_files": "the adapter differs",
     "chat_template": "the chat template differs",
     "shots_sha256": "the file of worked examples differs",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lfu.baselines.anchored import anchored, require_share
+from lfu.baselines.anchored import anchored, require_anchor
 from lfu.baselines.regularisers import (
     feature_regulariser,
     gem,
@@ -31,7 +31,7 @@ from lfu.baselines.regularisers import (
 from lfu.baselines.released import released_lora, released_reps, require_rows
 from lfu.data.batches import Batch, Example, collate
 from lfu.errors import InputError, option_name, require_not_negative
-from lfu.lora import Lora
+from lfu.lora import Adapter, Lora
 from lfu.loss import require_norm, resolve_layers
 from lfu.model import Config, Params
 from lfu.schedule import Settings
@@ -95,9 +95,10 @@ METHODS = {
         compiles_from=CHOOSES_INSIDE,
     ),
     "logit-consistency": Spec(logit_consistency, {"alpha": 0.1, "lam": 1.0}, compiles_from=CHOOSES_INSIDE),
-    "anchored": Spec(anchored, {"beta": 0.5, "lam": 1.0}, require_share),  # ours: none are published
+    "anchored": Spec(anchored, {"anchor_alpha": 0.5, "space": "logits", "stages": 5}, require_anchor),
 }  # fmt: skip
-"""Published values are those of the paper's appendix A and Tables 6 and 13, and of the scripts of NEFTune and GEM."""
+"""Published values are those of the paper's appendix A and Tables 6 and 13, and of the code of NEFTune, GEM and
+Anchored Learning."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class BoundMethod:
     gradient: Callable[..., tuple[Lora, Metrics]]
     hyper: dict[str, Any]  # scale and the hyper-parameters
     run: dict[str, Any]  # how and in which run they are used
+    stages: int = 1  # times that the loop begins anew
 
     def __call__(
         self, config: Config, base: Params, task: Lora, batch: Batch, generator: torch.Generator
@@ -120,15 +122,20 @@ class BoundMethod:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What it carries from one micro-batch to the next, for the checkpoint: nothing, but for released-reps.
+        """What it carries along, for the checkpoint: nothing, but for released-reps and anchored.
 
         It is filled and updated in place; whoever continues a run puts the saved tensors back into it.
         """
-        return self.run.get("state", {})
+        return self.run.get("state", self.run.get("snapshot", {}))
+
+    @property
+    def snapshot(self) -> dict[str, Tensor] | None:
+        """Where the loop keeps what the adapter was at the start of a stage; None where the method has none."""
+        return self.run.get("snapshot")
 
     def probe(self, config: Config, base: Params, task: Lora, row: Example) -> tuple[Lora, Metrics]:
         """Its gradient on one row, not compiled, leaving no trace in what it carries along."""
-        apart = {"examples": [row], "state": {}, "differentiate": differentiate}
+        apart = {"examples": [row], "state": {}, "snapshot": {}, "differentiate": differentiate}
         run = {name: apart.get(name, value) for name, value in self.run.items()}
         device = base.embed.device
         return replace(self, run=run)(config, base, task, collate([row], device), torch.Generator(device))
@@ -138,18 +145,22 @@ def bind(
     name: str, config: Config, *, scale: float,
     alpha: float | None = None, lam: float | None = None, beta: float | None = None,
     layers: Collection[int] | None = None, norm: str | None = None,
+    anchor_alpha: float | None = None, space: str | None = None, stages: int | None = None,
+    reference: Adapter | None = None,
     examples: Sequence[Example] = (), settings: Settings | None = None, remat: bool = False, compile: bool = False,
 ) -> tuple[BoundMethod, dict[str, Any]]:  # fmt: skip
     """The method of this name with its hyper-parameters bound, and what they were resolved to.
 
     What is None takes the published value. The released variants need to know the run: its `examples`, from which they
-    draw second batches, and its `settings`. `remat` computes the inside of the blocks again in the backward pass, and
-    `compile` hands the gradients to `torch.compile`. InputError for an unknown name and for what a method cannot use.
+    draw second batches, and its `settings`; anchored needs its `reference`. `remat` computes the inside of the blocks
+    again in the backward pass, and `compile` hands the gradients to `torch.compile`. InputError for an unknown name and
+    for what a method cannot use.
     """
     if name not in METHODS:
         raise InputError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
     spec = METHODS[name]
-    resolved = resolve(name, config, {"alpha": alpha, "lam": lam, "beta": beta, "layers": layers, "norm": norm})
+    given = {"alpha": alpha, "lam": lam, "beta": beta, "layers": layers, "norm": norm}
+    resolved = resolve(name, config, given | {"anchor_alpha": anchor_alpha, "space": space, "stages": stages})
     if remat and compile:
         raise InputError("remat and compile exclude each other: the compiler decides by itself what it keeps.")
     if (remat or compile) and spec.released:
@@ -160,7 +171,9 @@ def bind(
         run = run_context(name, examples, settings or Settings())
     else:
         run = {"remat": remat} | ({"differentiate": compiled()} if compile else {})
-    return BoundMethod(spec.gradient, {"scale": scale, **resolved}, run), resolved
+    run |= reference_context(name, reference)
+    hyper = {"scale": scale, **{key: value for key, value in resolved.items() if key != "stages"}}
+    return BoundMethod(spec.gradient, hyper, run, resolved.get("stages", 1)), resolved
 
 
 def resolve(name: str, config: Config, given: dict[str, Any]) -> dict[str, Any]:
@@ -197,3 +210,14 @@ def run_context(name: str, examples: Sequence[Example], settings: Settings) -> d
     micro_batches = math.ceil(settings.batch_size / settings.micro_batch_size)
     run = {"learning_rate": settings.learning_rate, "micro_batches": micro_batches}
     return {"examples": examples, **run, "state": {}}
+
+
+def reference_context(name: str, reference: Adapter | None) -> dict[str, Any]:
+    """What Anchored Learning knows of the run it is in. InputError without a reference, and for others with one."""
+    if (name == "anchored") != (reference is not None):
+        raise InputError(
+            "The method anchored needs a reference: the adapter of an SFT run."
+            if reference is None
+            else f"The method {name} has no reference: leave it out, or choose the method anchored."
+        )
+    return {} if reference is None else {"reference": reference, "snapshot": {}}

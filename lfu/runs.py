@@ -27,6 +27,7 @@ from torch import Tensor, distributed
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
+from lfu.baselines.anchored import train_in_stages
 from lfu.baselines.averages import ema
 from lfu.checkpoints import (
     BEST,
@@ -50,7 +51,7 @@ from lfu.io.files import named, new_folder, read_json, write_json, write_text
 from lfu.lora import Adapter, Lora
 from lfu.model import Config, Params
 from lfu.schedule import Settings, steps_per_epoch, total_steps
-from lfu.train import Method, StepMetrics, adamw, train
+from lfu.train import Method, StepMetrics, adamw
 from lfu.validation import History, Validation, best, watch
 
 
@@ -71,14 +72,15 @@ def train_run(
     (task, scale), first = adapter, rank_and_world_size()[0] == 0
     record = describe_run(task, scale, settings) if record is None else record
     average = tree_map(Tensor.clone, task) if decay is not None and first else None
-    epoch, last = steps_per_epoch(len(examples), settings), total_steps(len(examples), settings)
+    epoch = steps_per_epoch(len(examples), settings)
+    last = total_steps(len(examples), settings) * getattr(method, "stages", 1)
     run = Run(
         Path(out), record, adapter, adamw(task, settings), getattr(method, "state", {}), average, decay,
         save_every or epoch, keep, [],
     )  # fmt: skip
     with lock(run.out) if first else nullcontext():
         start_step = start(run, config, resume, first)
-        steps = train(config, base, task, run.optimizer, examples, method, settings, start_step)
+        steps = train_in_stages(config, base, task, run.optimizer, examples, method, settings, start_step)
         if validation is not None:
             measure = partial(held_back_nll, config, base, adapter, validation.examples, settings.micro_batch_size)
             every = validation.every or epoch

@@ -27,7 +27,7 @@ import torch
 from commands import MINI, asked_for, environment, flags, lfu, read_lines, refusal, subcommands, sums, write_rows
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import LENGTH, random_lora, random_tokens, tiny_config
+from tiny import LENGTH, needs_folder, random_lora, random_tokens, tiny_config
 from torch import Tensor
 
 from lfu import __version__, cli, lora, methods
@@ -992,7 +992,8 @@ def test_the_expected_peak_is_the_peak(
         return results[0]
 
     monkeypatch.setitem(methods.METHODS, method, methods.METHODS[method]._replace(gradient=measured))
-    assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method=method, epochs=1) == 0
+    given = needs_folder(method, read_config(MINI / "config.json"), tmp_path)
+    assert lfu("train", model=MINI, data=data, out=tmp_path / "run", method=method, epochs=1, **given) == 0
     told = re.search(r"A micro-batch of 4 x \d+ tokens is expected to take (\d+) MiB", capsys.readouterr().out)
     assert told
     assert 0.8 < float(told[1]) * 2**20 / max(peaks) < 1.2

@@ -18,7 +18,7 @@ from commands import MINI, lfu, sums, write_rows
 from compare import distance
 from gradients.cases import AUXILIARIES, SETTINGS, case, fresh
 from safetensors.torch import load_file, save_file
-from tiny import random_tokens
+from tiny import needs, random_tokens
 
 from lfu.data.batches import Batch, Example, collate
 from lfu.errors import InputError
@@ -83,12 +83,13 @@ def gradient(auxiliary: str, batch: Batch, how: dict[str, Any]) -> Any:
 def test_the_baselines_are_one_graph_too(name: str) -> None:
     config, base, task, _ = case()
     config, base, task = config._replace(num_hidden_layers=1), base._replace(layers=base.layers[:1]), task[:1]
-    batch = batch_of(*SHAPES[0])
-    results = [
-        bind(name, config, scale=2.0, compile=traced)[0](config, base, task, batch, torch.Generator().manual_seed(0))
-        for traced in (False, True)
-    ]
-    assert distance(results[1][0], results[0][0]) < CLOSE
+    batch, given = batch_of(*SHAPES[0]), needs(name, config)
+
+    def computed(traced: bool) -> Any:
+        method, _ = bind(name, config, scale=2.0, compile=traced, **given)
+        return method(config, base, task, batch, torch.Generator().manual_seed(0))[0]
+
+    assert distance(computed(True), computed(False)) < CLOSE
 
 
 @here

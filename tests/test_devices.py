@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from commands import MINI, environment
+from tiny import needs
 from torch.utils._pytree import tree_leaves
 
 from lfu import methods, model, train
@@ -45,7 +46,10 @@ EXAMPLES = [Example([5] * 9 + [7] * 3, 6, row) for row in range(8)]
 def gradient(name: str, remat: bool = False) -> Callable[[], Any]:
     config, base = model.load(MINI)
     task, batch = bench.fresh_task(config, base, 2), bench.random_batch(config, 2, 12, 6, 0, torch.device("cpu"))
-    method, _ = methods.bind(name, config, scale=2.0, examples=EXAMPLES, settings=Settings(batch_size=4), remat=remat)
+    given = {"examples": EXAMPLES, "settings": Settings(batch_size=4), "remat": remat} | needs(
+        name, config, torch.float32
+    )
+    method, _ = methods.bind(name, config, scale=2.0, **given)
     return lambda: method(config, base, task, batch, torch.Generator("cpu").manual_seed(0))
 
 

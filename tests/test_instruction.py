@@ -14,12 +14,14 @@ import pytest
 import torch
 from commands import MINI, asked_for, read_lines, sums, write_rows
 from test_data import small_model_tokenizer, small_tokenizer, text
+from tiny import needs_folder
 
 from lfu import cli, methods
 from lfu.cli import EvalOptions, GenerateOptions, TrainOptions
 from lfu.data.batches import IGNORED, Example, collate
 from lfu.data.rows import Row
 from lfu.data.tokens import TEMPLATES, Format, ModelTokenizer, Template, encode_row, load_tokenizer, prompt_ids
+from lfu.io.config import read_config
 from lfu.loss import sft_loss
 from lfu.model import forward, load
 
@@ -205,13 +207,15 @@ def test_every_method_trains_with_it(
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", merging_rows(8))
     options = {"model": str(merging), "data": str(rows), "method": method, "template": "question", "epochs": 1}
-    cli.train(TrainOptions(**options, out=str(tmp_path / "run"), loss_on=BOTH, rank=2))
+    given = needs_folder(method, read_config(merging / "config.json"), tmp_path)
+    cli.train(TrainOptions(**options, **given, out=str(tmp_path / "run"), loss_on=BOTH, rank=2))
     tokenizer = small_model_tokenizer()
     expected = [
         encode_row(tokenizer, both("question"), Row(0, row["question"], row["answer"], {})) for row in merging_rows(8)
     ]
     steps = read_lines(tmp_path / "run" / "log.jsonl")
-    assert sum(step["tokens"] for step in steps) == sum(len(example.tokens) for example in expected)
+    stages = 5 if method == "anchored" else 1
+    assert sum(step["tokens"] for step in steps) == stages * sum(len(example.tokens) for example in expected)
     assert f"8 rows, {sum(example.num_loss_tokens for example in expected)} tokens with loss" in capsys.readouterr().out
     batch, (config, base) = collate(expected), load(merging)
     first = sft_loss(forward(config, base, batch.tokens)[0], batch.labels)  # B = 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compare import flat, relative
 from gradients.cases import AUXILIARIES, SETTINGS, case, fresh
-from tiny import CONFIGS, KINDS, random_lora, random_params, random_tokens
+from tiny import CONFIGS, KINDS, needs, random_lora, random_params, random_tokens
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
@@ -72,7 +72,8 @@ def problem() -> tuple[Config, Params, Lora]:
 
 
 def method(name: str, **options: Any) -> Method:
-    return bind(name, problem()[0], scale=2.0, examples=rows(4, 64), **options)[0]
+    config = problem()[0]
+    return bind(name, config, scale=2.0, examples=rows(4, 64), **needs(name, config), **options)[0]
 
 
 def rows(count: int, length: int) -> list[Example]:

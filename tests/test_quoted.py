@@ -75,7 +75,7 @@ def faults(text: str) -> Iterator[str]:
     for comment in COMMENT.finditer(text):
         before = COMMENT.sub("", re.split(r"^#+ ", text[: comment.start()], flags=re.MULTILINE)[-1])
         for line in comment[2].strip().splitlines():
-            quoted, _, address = line.partition(": ")
+            quoted, _, address = line.strip().partition(": ")
             try:
                 numbers = numbers_of(value_at(comment[1], address))
             except (LookupError, FileNotFoundError):

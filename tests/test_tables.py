@@ -12,6 +12,7 @@ def test_a_page_of_tables_is_what_the_data_makes(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_table_has_a_heading_of_its_own(name: str) -> None:
-    headings = [line for line in made(name).splitlines() if line.startswith("#")]
+    text = (DOCS / "tables" / f"{name}.md").read_text(encoding="utf-8")
+    headings = [line for line in text.splitlines() if line.startswith("#")]
     assert len(set(headings)) == len(headings)
-    assert "nan" not in made(name) and "Not run yet" not in made(name)
+    assert "nan" not in text and "Not run yet" not in text

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from compare import distance, flat, relative
-from tiny import random_params, tiny_config
+from tiny import needs, random_params, tiny_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -363,7 +363,9 @@ def test_a_continued_run_is_the_run_that_was_never_interrupted(name: str) -> Non
     def start(task: Lora, first: int = 0, **carried: Tensor) -> tuple[torch.optim.Optimizer, Any, Any]:
         optimizer, method = (
             adamw(task, settings),
-            bind(name, CONFIG, scale=2.0, examples=examples, settings=settings)[0],
+            bind(name, CONFIG, scale=2.0, examples=examples, settings=settings, **needs(name, CONFIG, torch.float32))[
+                0
+            ],
         )
         method.state.update(carried)
         run = train(CONFIG, base(torch.float32), task, optimizer, examples, method, settings, first)
@@ -406,7 +408,7 @@ def test_all_methods_have_one_signature(name: str) -> None:
     parameters = inspect.signature(METHODS[name].gradient).parameters.values()
     positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     assert positional == ["config", "base", "task", "batch", "generator"]
-    method, task = bind(name, CONFIG, scale=2.0, examples=rows(5))[0], new_task()
+    method, task = bind(name, CONFIG, scale=2.0, examples=rows(5), **needs(name, CONFIG))[0], new_task()
     gradient, metrics = method(CONFIG, base(), task, collate(rows(3)), torch.Generator().manual_seed(0))
     assert [list(layer) for layer in gradient] == [list(layer) for layer in task]
     assert [g.shape for g in tree_leaves(gradient)] == [t.shape for t in tree_leaves(task)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lfu.io.config import Config, Llama3Scaling, layer_shapes
-from lfu.lora import TARGETS, Lora, LowRank
+from lfu.lora import TARGETS, Lora, LowRank, save
 from lfu.model import Layer, Params
 
 LENGTH = 96
@@ -96,6 +96,19 @@ def random_lora(
         {name: LowRank(draw(rank, shapes[name][1]), draw(shapes[name][0], rank)) for name in targets}
         for _ in range(config.num_hidden_layers)
     ]
+
+
+def needs(method: str, config: Config, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """What `methods.bind` must be given for a method, beside what all are given."""
+    return {"reference": (random_lora(config, 2, seed=9, dtype=dtype), 0.5)} if method == "anchored" else {}
+
+
+def needs_folder(method: str, config: Config, folder: Path) -> dict[str, Any]:
+    """The same as an option of `lfu train`: the adapter is written to `folder`."""
+    given = {name: (folder / name, adapter) for name, adapter in needs(method, config, torch.float32).items()}
+    for path, adapter in given.values():
+        save(path, adapter)
+    return {name: str(path) for name, (path, _) in given.items()}
 
 
 def random_tokens(config: Config, *shape: int, seed: int = 0) -> Tensor:

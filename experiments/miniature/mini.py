@@ -2,7 +2,8 @@
 
 A `Spec` says all that decides a run, and its result is one JSON file named after it, so a plan of many runs continues
 where it stopped. Methods are those of `lfu.methods`, and those that are not gradients: `im`
-(labels), `sdft` (data), `ema` and `ensemble` (averages). Read next: `plan.py`.
+(labels), `sdft` (data), `ema` and `ensemble` (averages). A method with a reference trains that first, on the same data
+and with the same seed. Read next: `plan.py`.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lfu import lora, methods, model, train
+from lfu.baselines.anchored import train_in_stages
 from lfu.baselines.averages import ema, ensemble
 from lfu.baselines.sdft import Recipe, rewrite_answers
 from lfu.data.batches import Example, collate
@@ -33,8 +35,9 @@ from lfu.lora import Adapter, Lora
 from lfu.loss import answer_mask
 from lfu.model import Config, Params
 from lfu.profiling.bench import RANK, SCALE, interleaved
-from lfu.schedule import Settings
+from lfu.schedule import Settings, steps_per_epoch
 from lfu.train import StepMetrics
+from lfu.validation import History, best, watch
 
 MINI = Path(__file__).parents[2] / "weights" / "mini"
 SPLITS = {
@@ -52,6 +55,8 @@ CATEGORIES = {
     "helpfulness": ("helpfulness",),
 }
 """The paper's four categories; a category's score is the mean over its columns, as the paper's is over its tasks."""
+EPOCHS = {"math": 10, "mixed": 6, "safe": 10}
+"""60 steps on each fine-tuning set."""
 REWRITE = Recipe(("Question: {question} {reference}\nAnswer:",), same_number=True)
 """SDFT in the one format that this model knows. Where neither answer has a number, they count as equal."""
 NOISE = 5.0
@@ -62,7 +67,7 @@ schedule, change no answer of this model."""
 
 
 Hyper = tuple[tuple[str, Any], ...]
-"""Keyword arguments of `methods.bind`, or the beta of an average."""
+"""Keyword arguments of `methods.bind`, the beta of an average, or the `Trial` by which a reference is trained."""
 Trial = tuple[str, float, Hyper]
 """Method, learning rate, hyper-parameters."""
 
@@ -76,16 +81,18 @@ class Spec:
     hyper: Hyper = ()
     data: str = "math"
     seed: int = 0
-    epochs: int = 10
+    epochs: int = 10  # of each stage
     micro_batch_size: int = 4
     dtype: str = "float32"
     split: str = "test"
     measures: tuple[str, ...] = ("scores",)
+    stopped: bool = False  # at the epoch that is best on the validation rows of its own data
 
     @property
     def path(self) -> str:
         """The name of its file: readable in front, and different for different runs."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        decisive = {name: value for name, value in asdict(self).items() if name != "stopped" or value}
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.data}-{self.method}-{self.seed}-{digest}.json"
 
 
@@ -134,11 +141,11 @@ def run(spec: Spec) -> dict[str, Any]:
     rows, told = training_rows(here, spec)
     examples, _ = encode_rows(MINI / spec.data / "train.jsonl", rows, here.tokenizer, form)
     try:
-        task, log = fine_tuned(here, spec, examples)
+        task, training = fine_tuned(here, spec, examples)
     except FloatingPointError as error:  # settings under which training diverges are a result too
         return told | {"diverged": str(error), "scores": dict.fromkeys(SPLITS, 0.0) | {"nll": math.inf}}
     adapter = ensemble((task, SCALE), dict(spec.hyper)["beta"]) if spec.method == "ensemble" else (task, SCALE)
-    return told | {"training": summary(log) | {"moved": distance(task)}} | measurements(here, [adapter], spec, form)
+    return told | {"training": training | {"moved": distance(task)}} | measurements(here, [adapter], spec, form)
 
 
 def training_rows(here: World, spec: Spec) -> tuple[list[Row], dict[str, Any]]:
@@ -152,22 +159,33 @@ def training_rows(here: World, spec: Spec) -> tuple[list[Row], dict[str, Any]]:
     return [row._replace(answer=answer.text) for row, answer in zip(rows, answers)], {"rewritten": taken}
 
 
-def fine_tuned(here: World, spec: Spec, examples: Sequence[Example]) -> tuple[Lora, list[StepMetrics]]:
-    """The trained LoRA, or the average of its steps, and the log of the run."""
+def fine_tuned(here: World, spec: Spec, examples: Sequence[Example]) -> tuple[Lora, dict[str, Any]]:
+    """The trained LoRA, or the average of its steps, or its best epoch; and what is to be said of the run."""
     task = lora.init(here.config, RANK, generator=torch.Generator().manual_seed(spec.seed))
-    hyper = {} if spec.method in ("ema", "ensemble") else dict(spec.hyper)
-    name = "sft" if spec.method in ("im", "sdft", "ema", "ensemble") else spec.method
-    average, log = copied(task), []
-    for metrics in steps(here, task, examples, spec, name, hyper):
-        log.append(metrics)
+    kept, log = copied(task), []
+    history: History = []
+    loop = steps(here, task, examples, spec)
+    if spec.stopped:
+        every = steps_per_epoch(len(examples), Settings())
+        loop = watch(loop, partial(valid_nll, here, task, spec), history, every, None, 0, every * EPOCHS[spec.data])
+    for metrics in loop:
+        if metrics.step > 0:
+            log.append(metrics)
         if spec.method == "ema":
-            average = ema(average, task, dict(spec.hyper)["beta"])
-    return average if spec.method == "ema" else task, log
+            kept = ema(kept, task, dict(spec.hyper)["beta"])
+        if spec.stopped and best(history)[0] == metrics.step:
+            kept = copied(task)
+    told = summary(log) | ({"valid": history} if spec.stopped else {})
+    return kept if spec.stopped or spec.method == "ema" else task, told
 
 
-def steps(
-    here: World, task: Lora, examples: Sequence[Example], spec: Spec, name: str, hyper: dict[str, Any]
-) -> Iterator[StepMetrics]:
+def valid_nll(here: World, task: Lora, spec: Spec) -> float:
+    """Of the validation rows of its own data."""
+    examples = [encode_row(here.tokenizer, Format("question"), row) for row in rows_of(spec.data, "valid")]
+    return answer_nll(here.config, here.base, examples, [(task, SCALE)], batch_size=64).mean
+
+
+def steps(here: World, task: Lora, examples: Sequence[Example], spec: Spec) -> Iterator[StepMetrics]:
     """The loop of `lfu.train`; `task` is updated in place."""
     settings = Settings(
         epochs=spec.epochs,
@@ -175,12 +193,24 @@ def steps(
         learning_rate=spec.learning_rate,
         seed=spec.seed,
     )
+    name = "sft" if spec.method in ("im", "sdft", "ema", "ensemble") else spec.method
+    hyper = {} if spec.method in ("ema", "ensemble") else dict(spec.hyper)
+    if trial := hyper.pop("reference", None):
+        hyper["reference"] = reference(spec.data, trial, spec.seed, spec.dtype), SCALE
     method, _ = methods.bind(name, here.config, scale=SCALE, examples=examples, settings=settings, **hyper)
     optimizer = train.adamw(task, settings)
-    return train.train(here.config, here.base, task, optimizer, examples, method, settings)
+    return train_in_stages(here.config, here.base, task, optimizer, examples, method, settings)
 
 
-def summary(log: list[StepMetrics]) -> dict[str, float]:
+@lru_cache(maxsize=4)
+def reference(data: str, trial: Trial, seed: int, dtype: str) -> Lora:
+    """The LoRA that this trial makes of a fine-tuning set, in its usual number of epochs."""
+    here, spec = world(dtype), Spec(*trial, data=data, seed=seed, epochs=EPOCHS[data], dtype=dtype)
+    examples, _ = encode_rows(MINI / data / "train.jsonl", rows_of(data, "train"), here.tokenizer, Format("question"))
+    return fine_tuned(here, spec, examples)[0]
+
+
+def summary(log: list[StepMetrics]) -> dict[str, Any]:
     """Of all steps the clipped share and the mean gradient; of the last epoch's the mean loss and gradient."""
     last = [step for step in log if step.epoch == log[-1].epoch]
     norms = [step.gradient_norm for step in log]
@@ -212,7 +242,8 @@ def step_times(trials: dict[str, Trial], rounds: int) -> dict[str, list[float]]:
     works = {}
     for row, (name, _, hyper) in trials.items():
         if name in methods.METHODS:
-            method, _ = methods.bind(name, here.config, scale=SCALE, **dict(hyper))
+            settled = dict(hyper) | ({"reference": (task, SCALE)} if "reference" in dict(hyper) else {})
+            method, _ = methods.bind(name, here.config, scale=SCALE, **settled)
             works[row] = partial(method, here.config, here.base, task, batch, generator)
     return interleaved(works, rounds)
 
@@ -318,6 +349,6 @@ def attack(here: World, adapters: list[Adapter], spec: Spec, form: Format) -> di
     harmful = rows_of("harmful", "train")[:ATTACK_ROWS]
     examples = [encode_row(here.tokenizer, form._replace(loss_on="answer"), row) for row in harmful]
     attacking = Spec("sft", ATTACK_RATE, seed=spec.seed, epochs=ATTACK_EPOCHS)
-    for _ in steps(here, task, examples, attacking, "sft", {}):
+    for _ in steps(here, task, examples, attacking):
         ask([(task, adapters[0][1])])
     return rates

@@ -12,18 +12,22 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from experiments.miniature.mini import CATEGORIES, SPLITS, Spec, Trial
+from experiments.miniature.mini import CATEGORIES, EPOCHS, SPLITS, Hyper, Spec, Trial
 
 TASK = "two-step"
 DATAS = ("math", "mixed")
-EPOCHS = {"math": 10, "mixed": 6, "safe": 10}
-"""60 steps on each fine-tuning set."""
 RATES = (1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2, 2e-2)
 TWO_RATES = (3e-3, 1e-2)
 ALIGNMENT_RATE, GENTLER_RATES = 3e-3, (1e-3, 5e-4)
 TRIAL_SEEDS = (100, 101)
 ALL_SEEDS = tuple(range(10))
 FEW_SEEDS = ALL_SEEDS[:3]
+
+BY_SFT: Trial = ("sft", 3e-3, ())
+BY_LFU: Trial = ("lfu-lora", 3e-3, (("alpha", 0.1), ("lam", 0.5)))
+"""The reference of Anchored Learning: SFT and LfU (LoRA) as they were chosen."""
+STAGES, STAGE_EPOCHS = 5, 5
+"""Its published length. Where it is to take as many steps as the others, their epochs are shared out to the stages."""
 
 LookUp = Callable[[Spec], dict[str, Any]]
 """A run -> its measurements."""
@@ -44,8 +48,12 @@ TRIALS: dict[str, list[Trial]] = {
     "SDFT": [("sdft", rate, ()) for rate in RATES],
     "LfU (LoRA)": grid("lfu-lora", "lam", (0.5, 5.0, 50.0, 500.0), alpha=0.1),
     "LfU (RepS)": grid("lfu-reps", "lam", (0.1, 1.0, 10.0, 100.0), alpha=0.1),
+    "Anchored": grid("anchored", "anchor_alpha", (0.1, 0.3, 0.5, 0.7), reference=BY_SFT, stages=STAGES),
+    "Distillation": [
+        ("anchored", rate, (("anchor_alpha", 1.0), ("reference", BY_SFT), ("stages", 1))) for rate in RATES
+    ],
 }
-"""The rows of Tables 1 and 2."""
+"""The rows of Tables 1 and 2, and Anchored Learning with its neighbour, distillation from the same adapter."""
 MORE_TRIALS: dict[str, list[Trial]] = {
     "SAM": grid("sam", "alpha", (0.001, 0.01, 0.1, 1.0)),
     "L1": grid("l1", "lam", (0.001, 0.01, 0.1, 1.0)),
@@ -53,12 +61,11 @@ MORE_TRIALS: dict[str, list[Trial]] = {
     "logits": grid("logit-consistency", "lam", (0.1, 1.0, 10.0, 100.0), alpha=0.1),
     "ensemble": grid("ensemble", "beta", (0.1, 0.3, 0.5, 0.7)),
     "EMA": grid("ema", "beta", (0.1, 0.5, 0.9, 0.98)),
-    "Anchored": grid("anchored", "lam", (0.2, 1.0, 5.0, 25.0), beta=0.5),
     "released LfU (LoRA)": grid("released-lora", "lam", (0.5, 5.0, 50.0, 500.0), alpha=0.1),
     "released LfU (RepS)": grid("released-reps", "lam", (0.01, 0.1, 1.0, 10.0), alpha=0.1),
     "LfU (LoRA), relative": grid("lfu-lora", "lam", (0.5, 5.0, 50.0, 500.0), alpha=0.1, norm="relative"),
 }
-"""The rows of Tables 6 and 11, Anchored Learning, the released algorithms, and the scale-free norm."""
+"""The rows of Tables 6 and 11, the released algorithms, and the scale-free norm."""
 
 
 # --- choosing -------------------------------------------------------------------------------------
@@ -67,7 +74,13 @@ MORE_TRIALS: dict[str, list[Trial]] = {
 def trial_specs(trial: Trial) -> list[Spec]:
     """One run for each trial seed, scored on the validation splits."""
     method, rate, hyper = trial
-    return [Spec(method, rate, hyper, seed=seed, split="valid") for seed in TRIAL_SEEDS]
+    epochs = stage_epochs(hyper, "math")
+    return [Spec(method, rate, hyper, seed=seed, epochs=epochs, split="valid") for seed in TRIAL_SEEDS]
+
+
+def stage_epochs(hyper: Hyper, data: str) -> int:
+    """As many epochs for all, which stages share."""
+    return EPOCHS[data] // dict(hyper).get("stages", 1)
 
 
 def choosing(rows: dict[str, list[Trial]]) -> list[Spec]:
@@ -110,7 +123,12 @@ def choose(look_up: LookUp, rows: dict[str, list[Trial]]) -> Choices:
 
 def choices_from(stored: dict[str, list[Any]]) -> Choices:
     """Choices as JSON keeps them: its lists are tuples here."""
-    return {row: (method, rate, tuple(map(tuple, hyper))) for row, (method, rate, hyper) in stored.items()}
+    return {row: frozen(trial) for row, trial in stored.items()}
+
+
+def frozen(value: Any) -> Any:
+    """Lists within lists as tuples within tuples."""
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 # --- the tables -----------------------------------------------------------------------------------
@@ -123,7 +141,7 @@ def base(**changed: Any) -> Spec:
 def tested(choices: Choices, data: str, row: str, seed: int, **changed: Any) -> Spec:
     """A run with the chosen settings, scored on the test splits."""
     method, rate, hyper = choices[row]
-    return replace(Spec(method, rate, hyper, data=data, seed=seed, epochs=EPOCHS[data]), **changed)
+    return replace(Spec(method, rate, hyper, data=data, seed=seed, epochs=stage_epochs(hyper, data)), **changed)
 
 
 def main_table(choices: Choices, seeds: Iterable[int]) -> list[Spec]:
@@ -228,6 +246,32 @@ def attacks(choices: Choices) -> dict[str, list[Spec]]:
     return {row: aligned(row, ALIGNMENT_RATE) for row in TRIALS} | gently
 
 
+def anchors(choices: Choices) -> dict[str, list[Spec]]:
+    """Anchored Learning in its published length, and with LfU's adapter in place of SFT's."""
+    hyper = dict(choices["Anchored"][2])
+    by_lfu = tuple(sorted((hyper | {"reference": BY_LFU}).items()))
+    changes: dict[str, dict[str, Any]] = {
+        f"Anchored, {STAGES} x {STAGE_EPOCHS} epochs": {"epochs": STAGE_EPOCHS},
+        "Anchored, from LfU (LoRA)": {"hyper": by_lfu},
+    }
+    return {
+        row: [tested(choices, "math", "Anchored", seed, **changed) for seed in ALL_SEEDS]
+        for row, changed in changes.items()
+    }
+
+
+def stopped(choices: Choices, data: str) -> dict[str, list[Spec]]:
+    """The main table with every run at its best epoch by validation rows; on `math` at the faster rate too."""
+    groups: dict[str, list[Spec]] = {
+        row: [tested(choices, data, row, seed, stopped=True) for seed in ALL_SEEDS] for row in TRIALS
+    }
+    fast = max(TWO_RATES)
+    for row in ("SFT", "LfU (LoRA)", "LfU (RepS)") if data == "math" else ():
+        specs = [replace(spec, learning_rate=fast) for spec in groups[row]]
+        groups[f"{row} at {fast:g}"] = specs
+    return groups
+
+
 def causes(choices: Choices) -> dict[str, dict[str, list[Spec]]]:
     return {
         row: {
@@ -241,7 +285,12 @@ def causes(choices: Choices) -> dict[str, dict[str, list[Spec]]]:
 def whole(choices: Choices) -> list[Spec]:
     """Everything that reads the test splits, the main table first."""
     groups = [*sweeps(choices).values(), *epochs(choices).values(), *causes(choices).values(), attacks(choices)]
-    groups += [faster(choices), {"base": [base(measures=("squares",))]}]
+    groups += [
+        faster(choices),
+        anchors(choices),
+        *(stopped(choices, data) for data in DATAS),
+        {"base": [base(measures=("squares",))]},
+    ]
     rest = [spec for group in groups for specs in group.values() for spec in specs]
     curves = [spec for seed in ALL_SEEDS for spec in sft_curve(choices, seed)]
     return list(dict.fromkeys([*main_table(choices, ALL_SEEDS), *alternatives(choices), *curves, *rest]))

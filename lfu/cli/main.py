@@ -89,7 +89,7 @@ COMMANDS = {
 GROUPS = {
     "model": "model dtype device adapter template system bos",
     "data": "data layout question answer limit drop max_length loss_on valid hold_back shots shots_data",
-    "method": "method alpha lam beta layers norm rank lora_alpha recipe",
+    "method": "method alpha lam beta layers norm reference anchor_alpha space stages rank lora_alpha recipe",
     "optimisation": "epochs batch_size micro_batch_size learning_rate warmup weight_decay max_grad_norm ema seed",
     "memory and speed": "remat compile",
     "run": "out save_every keep resume eval_every patience",

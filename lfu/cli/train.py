@@ -73,14 +73,22 @@ class TrainOptions(RowsOptions, ModelOptions):
     method: str = option("what to train with", "lfu-lora", choices=list(methods.METHODS))
     alpha: float | None = option(f"length of the ascent, strength of the noise (default: {published('alpha')})", None)
     lam: float | None = option(f"weight λ of what is added to the SFT loss (default: {published('lam')})", None)
-    beta: float | None = option(
-        f"temperature of GEM, share of the reference in anchored (default: {published('beta')})", None
-    )
+    beta: float | None = option(f"temperature of GEM (default: {published('beta')})", None)
     layers: list[int] | None = option("blocks to compare, such as 1-11 (default: all)", None, type=block_numbers)
     norm: str | None = option(
         "for lfu: mean over features (default); sum, as printed; relative to h. For l1 and l2: mean (default); sum",
         None,
         choices=list(NORMS),
+    )
+    reference: str | None = option("for anchored: the adapter folder of an SFT run", None)
+    anchor_alpha: float | None = option(
+        f"the reference's share of the anchor (default: {published('anchor_alpha')})", None
+    )
+    space: str | None = option(
+        "what the anchor mixes: logits (default) or probabilities", None, choices=["logits", "probabilities"]
+    )
+    stages: int | None = option(
+        f"times that --epochs are trained, each with a new anchor (default: {published('stages')})", None
     )
     rank: int = option("rank of the LoRA", 8)
     lora_alpha: float = option("scale of the LoRA times its rank", 16.0)
@@ -178,12 +186,15 @@ def plan_run(options: TrainOptions, device: torch.device) -> Plan:
     tokenizer = load_tokenizer(folder, config.vocab_size, options.bos, options.template)
     tokens = describe_tokens(tokenizer)
     examples, validation = split_examples(options, folder, tokenizer)
+    dtype = choose_dtype(options.dtype, folder, device)
     method, chosen = methods.bind(
         options.method, config, scale=options.lora_alpha / options.rank, examples=examples, settings=schedule,
         alpha=options.alpha, lam=options.lam, beta=options.beta, layers=options.layers, norm=options.norm,
+        anchor_alpha=options.anchor_alpha, space=options.space, stages=options.stages,
+        reference=read_reference(options, folder, config, tokens, device, dtype),
         remat=options.remat, compile=options.compile,
     )  # fmt: skip
-    start, dtype = initial_adapter(options, folder, config, tokens), choose_dtype(options.dtype, folder, device)
+    start = initial_adapter(options, folder, config, tokens)
     if options.compile and dtype == torch.float16:  # the compiler loses the backward pass of `half.ScaledLinear`
         raise InputError("--compile does not work in float16: leave it out, or give --dtype bfloat16 or float32.")
     chosen |= {"dtype": str(dtype).removeprefix("torch."), "bos": options.bos is not False, "tokens": tokens}
@@ -209,10 +220,7 @@ def initial_adapter(options: TrainOptions, folder: Path, config: Config, tokens:
     """A fresh LoRA, or the given adapter, which must be one of this model, prompt format, rank and scale."""
     if options.adapter is None:
         return lora.init(config, options.rank, generator=torch.Generator().manual_seed(options.seed))
-    stored = adapter_format(Path(options.adapter), folder)._replace(loss_on=options.loss_on)
-    if (Path(options.adapter) / "lfu_config.json").is_file() and stored != prompt_format(options):
-        raise InputError(f"{options.adapter} was trained with other prompts: give {format_flags(stored)}.")
-    require_same_tokens(Path(options.adapter), tokens)
+    require_same_prompts(options, Path(options.adapter), folder, tokens)
     start, scale = lora.load(Path(options.adapter), config)
     rank = len(next(iter(start[0].values())).A)
     if rank != options.rank or not math.isclose(scale, options.lora_alpha / options.rank, rel_tol=1e-6):
@@ -221,6 +229,29 @@ def initial_adapter(options: TrainOptions, folder: Path, config: Config, tokens:
             f"give --rank {rank} --lora-alpha {scale * rank:.8g}."
         )
     return start
+
+
+def read_reference(
+    options: TrainOptions,
+    folder: Path,
+    config: Config,
+    tokens: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> lora.Adapter | None:
+    """The adapter that Anchored Learning moves towards: of this model and prompt format, of any rank and scale."""
+    if options.reference is None:
+        return None
+    require_same_prompts(options, Path(options.reference), folder, tokens)
+    return lora.load(Path(options.reference), config, device=device, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def require_same_prompts(options: TrainOptions, adapter: Path, folder: Path, tokens: dict[str, Any]) -> None:
+    """InputError unless an adapter was trained on this model, and with these prompts."""
+    stored = adapter_format(adapter, folder)._replace(loss_on=options.loss_on)
+    if (adapter / "lfu_config.json").is_file() and stored != prompt_format(options):
+        raise InputError(f"{adapter} was trained with other prompts: give {format_flags(stored)}.")
+    require_same_tokens(adapter, tokens)
 
 
 def split_examples(
@@ -264,8 +295,10 @@ def record_run(options: TrainOptions, folder: Path, chosen: dict[str, Any]) -> d
         "data_sha256": sha256(Path(options.data)),
         "valid_sha256": sha256(Path(options.valid)) if options.valid is not None else None,
     }
-    weights = Path(options.adapter) / "adapter_model.safetensors" if options.adapter is not None else None
-    identity["adapter_sha256"] = sha256(weights) if weights else None
+    for name in ("adapter", "reference"):
+        adapter = getattr(options, name)
+        weights = Path(adapter) / "adapter_model.safetensors" if adapter is not None else None
+        identity[f"{name}_sha256"] = sha256(weights) if weights else None
     base = {"model": str(folder.absolute()) if Path(options.model).is_dir() else options.model}
     return asdict(options) | chosen | base | identity | {"lfu": __version__, "torch": torch.__version__}
 
@@ -279,21 +312,23 @@ def print_forecast(plan: Plan, base: model.Params, task: lora.Lora) -> None:
     """Print what the run will take, and whether it can learn anything."""
     if total_steps(len(plan.examples), plan.schedule) == 1 and plan.schedule.warmup > 0:
         print("The only step of this run is its warm-up, with learning rate 0: nothing is learned. See --warmup.")
-    print_memory(base, task)
+    print_memory(base, task, plan.method)
     rows = min(plan.schedule.micro_batch_size, plan.schedule.batch_size)
     print_peak(partial(plan.method.probe, plan.config, base, task), plan.examples, rows)
     if plan.record["compile"]:
         print("That is the peak without torch.compile.")
 
 
-def print_memory(base: model.Params, task: lora.Lora) -> None:
+def print_memory(base: model.Params, task: lora.Lora, method: methods.BoundMethod) -> None:
     """What stays in memory through the whole run."""
     layers = [tensor for layer in base.layers for tensor in layer if tensor is not None]
     weights = {tensor.data_ptr(): tensor for tensor in [base.embed, base.norm, base.lm_head, *layers]}
     sizes = [sum(tensor.nbytes for tensor in tensors) / 2**20 for tensors in (weights.values(), tree_leaves(task))]
+    frozen = [leaf.nbytes for leaf in tree_leaves(method.run.get("reference", ())) if isinstance(leaf, Tensor)]
+    others = f", reference and snapshot {sum(frozen) / 2**20 + sizes[1]:.1f} MiB" if frozen else ""
     print(
         f"Memory: weights {sizes[0]:.1f} MiB ({base.embed.dtype}), adapter {sizes[1]:.1f} MiB, its gradient "
-        f"{sizes[1]:.1f} MiB, optimizer {2 * sizes[1]:.1f} MiB."
+        f"{sizes[1]:.1f} MiB, optimizer {2 * sizes[1]:.1f} MiB{others}."
     )
 
 

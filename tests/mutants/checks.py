@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import test_anchored
 import test_baselines
 import test_bench
 import test_chat
@@ -173,8 +174,11 @@ def penalty(name: str, norm: str) -> Check:
 
 LOGITS = Check("logit consistency is Eq. 7", test_baselines.EXACT, lambda: [test_baselines.logit_consistency_error()])
 ANCHORED = Check(
-    "the anchor's gradient is that of a penalty", test_baselines.EXACT, lambda: [test_baselines.anchored_error()]
+    "the anchor's gradient is the oracle's",
+    test_baselines.EXACT,
+    lambda: [test_anchored.anchored_error(space) for space in ("logits", "probabilities")],
 )
+STAGES = Check("stages are runs one after the other", 0.0, lambda: [test_anchored.stages_error()])
 ENSEMBLE = Check(
     "an ensemble is an average of weights", test_baselines.EXACT, lambda: [test_baselines.ensemble_error(0.25)]
 )

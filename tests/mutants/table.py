@@ -1013,23 +1013,57 @@ BASELINES = [
         ("beta weighs the present", "beta * a + (1 - beta) * c", "(1 - beta) * a + beta * c", checks.MOVING),
     ),
     *mistakes_in(
-        "baselines.anchored.anchor_divergence",
-        ("the anchor carries a gradient", "log_p.detach().exp()", "log_p.exp()", checks.ANCHORED),
+        "baselines.anchored.anchored",
         (
-            "shares exchanged",
-            "(1 - beta) * log_p.detach().exp() + beta * reference",
-            "beta * log_p.detach().exp() + (1 - beta) * reference",
+            "KL the other way round",
+            'F.kl_div(F.log_softmax(logits, dim=-1), anchor, reduction="none", log_target=True)',
+            'F.kl_div(anchor, F.log_softmax(logits, dim=-1), reduction="none", log_target=True)',
+            checks.ANCHORED,
+        ),
+        (
+            "the anchor carries a gradient",
+            "anchor, reduction",
+            "log_anchor(logits, far, anchor_alpha, space), reduction",
+            checks.ANCHORED,
+        ),
+        ("the other sign", "divergence.sum(dim=-1).mean()", "-divergence.sum(dim=-1).mean()", checks.ANCHORED),
+        ("cross-entropy beside it", "return (mean :=", "return sft + (mean :=", checks.ANCHORED),
+        ("no snapshot: an anchor at every step", "if snapshot else task", "if not snapshot else task", checks.ANCHORED),
+        (
+            "the student's scale for the reference",
+            "(start, reference))",
+            "(start, (reference[0], start[1])))",
             checks.ANCHORED,
         ),
     ),
     *mistakes_in(
-        "baselines.anchored.reference_probabilities",
+        "baselines.anchored.answer_logits",
+        ("one position late", "answer_mask(batch.labels)", "answer_mask(batch.labels).roll(1, 1)", checks.ANCHORED),
+    ),
+    *mistakes_in(
+        "baselines.anchored.log_anchor",
         (
-            "reference one position late",
-            "answer_mask(batch.labels)",
-            "answer_mask(batch.labels).roll(1, 1)",
+            "shares exchanged",
+            "torch.lerp(near, far, alpha), dim=-1)",
+            "torch.lerp(far, near, alpha), dim=-1)",
             checks.ANCHORED,
         ),
+        ("probabilities for logits", 'if space == "logits":', 'if space != "logits":', checks.ANCHORED),
+    ),
+    *mistakes_in(
+        "baselines.anchored.train_in_stages",
+        ("old moments in a new stage", "optimizer.state.clear()", "pass", checks.STAGES),
+        (
+            "one snapshot for all stages",
+            "if done == 0 and snapshot",
+            "if start_step == stage == 0 and snapshot",
+            checks.STAGES,
+        ),
+        ("a stage continued from its start", "settings, done):", "settings, 0):", checks.STAGES),
+    ),
+    *mistakes_in(
+        "baselines.anchored.take_snapshot",
+        ("the snapshot moves along", "getattr(pair, part).clone()", "getattr(pair, part)", checks.STAGES),
     ),
 ]
 
