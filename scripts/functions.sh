@@ -32,7 +32,7 @@ train() {  # train MODEL SET METHOD -> runs/MODEL-SET-METHOD/adapter
     case $1-$3 in instruct-*-lora) how+=" --alpha 0.001 --lambda 500" ;; esac  # appendix A
     case $3 in released-*) how+=" --no-bos" ;; esac
     case $2 in lima | dolly | safe) how+=" --drop" ;; esac
-    case $2-$3 in *-released-*) ;; lima-* | dolly-*) how+=" --remat" ;; esac
+    case $2-$3 in *-released-*) ;; lima-* | dolly-*) how+=" --remat" ;; *) how+=${REMAT:+ --remat} ;; esac
     start runs/$1-$2-$3 --model ${MODEL_IDS[$1]} --data $data --layout $layout $how
 }
 
