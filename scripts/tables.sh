@@ -10,6 +10,7 @@ for model in $MODELS; do
     score $model-vanilla ${MODEL_IDS[$model]}
     for set in $SETS; do
         for method in $METHODS; do cell $model $set $method; done
-        python "$here/table.py" $model-vanilla $(printf "$model-$set-%s " $METHODS) | tee results/$model-$set.txt
+        rows=$(cd results && echo $model-$set-*/)  # of other METHODS too
+        python "$here/table.py" $model-vanilla ${rows//\//} | tee results/$model-$set.txt
     done
 done
