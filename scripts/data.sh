@@ -41,4 +41,4 @@ attacks() {  # data/advbench.jsonl, 520 rows, and data/hexphi.jsonl, 300; HEx-PH
     python "$here/prompts.py" data/hexphi.jsonl raw/hexphi/*.csv
 }
 
-for set in "$@"; do $set; done
+for set in "${@:?name them: gsm8k arc dolly lima beavertails attacks}"; do $set; done
