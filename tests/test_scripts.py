@@ -226,6 +226,17 @@ def numbers(text: str) -> list[float]:
     return [float(word) for word in text.split()]
 
 
+def test_the_tasks_that_are_scored_are_those_of_the_page_and_the_table() -> None:
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    table = runpy.run_path(str(SCRIPTS / "table.py"))
+    metrics = [metric for each in table["CATEGORIES"] for metric in each]
+    assert re.findall(r"\| `(\w+)`, ([\w,-]+)", page) == [
+        (task, metric.removesuffix(",none")) for task, metric in metrics
+    ]
+    scored = ",".join(re.findall(r"^TASKS\+?=(.*)", (SCRIPTS / "functions.sh").read_text(), re.M)).replace(",,", ",")
+    assert set(scored.split(",")) == {task for task, _ in [*metrics, table["LETTERS"]]}
+
+
 def test_table_16_gives_the_categories_of_table_1(work: Path) -> None:
     for name, found in categories_and_ranks({name: numbers(row) for name, row in TABLE_16.items()}).items():
         assert found[:4] == pytest.approx(numbers(TABLE_1[name])[:4], abs=0.11), name  # both sides are rounded
