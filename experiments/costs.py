@@ -1,4 +1,4 @@
-"""What single parts of a step cost: the tables of `docs/performance.md` that `lfu bench` does not make.
+"""What single parts of a step cost: the tables of `docs/performance-details.md` that `lfu bench` does not make.
 
     python -m experiments.costs remat --model SMOLLM2         # time and memory of --remat, and expected peaks
     python -m experiments.costs precision --model SMOLLM2     # the float32 parts in bfloat16 instead

@@ -4,6 +4,7 @@ With nothing changed they compute what `lfu-lora` and `lfu-reps` compute; with e
 `released-lora` and `released-reps` compute. So no difference between the two is missing from the list.
 """
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,19 @@ def test_a_table_is_printed_and_returned(capsys: pytest.CaptureFixture[str]) -> 
     rows = iter([("reference", lambda: Found(x, x)), ("turned", lambda: Found(y, -x))])
     assert differences.show("T", rows) == {"turned": [(0.0, 2.0), (-1.0, 1.0)]}
     assert "| turned | 0.0000, 2.000 | -1.0000, 1.000 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model, column", [("SmolLM2", 4), ("miniature", 5)])
+def test_the_page_has_the_stored_numbers(model: str, column: int) -> None:
+    stored = json.loads((ROOT / "docs" / "differences.json").read_text(encoding="utf-8"))[model]
+    tables = [table for title, table in stored.items() if title != "about"]
+    page = (ROOT / "docs" / "paper-and-code.md").read_text(encoding="utf-8")
+    cells = [line[1:-1].split("|")[column].strip() for line in page.splitlines() if line.count("|") == 7]
+    printed = [cell for cell in cells if "; " in cell]
+    assert sorted(printed) == sorted(as_printed(*pairs) for table in tables for pairs in table.values())
+
+
+def as_printed(consistency: list[float], whole: list[float]) -> str:
+    """Cosine and norm ratio of both gradients; "gone" where there is no consistency term."""
+    both = [f"{cosine:.2f}, {ratio:.{2 - (ratio >= 10) - (ratio >= 100)}f}" for cosine, ratio in (consistency, whole)]
+    return "; ".join(["gone", both[1]] if consistency == [0.0, 0.0] else both)
