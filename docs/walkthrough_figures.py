@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -26,6 +27,13 @@ def panels(title: str, columns: int, height: float, **options: Any) -> tuple[Fig
     figure, axes = plt.subplots(1, columns, figsize=(10, height), squeeze=False, **options)
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=11)
     return figure, axes[0]
+
+
+def finish() -> None:
+    """Show the figure; its title also stands for it where images are not seen."""
+    figure = plt.gcf()
+    display(figure, metadata={"image/png": {"alt": figure.get_suptitle()}})
+    plt.close(figure)
 
 
 def label(ax: Axes, text: str, x: float, y: float, color: str, offset: tuple[float, float], **options: Any) -> None:
@@ -48,7 +56,7 @@ def passes() -> None:
     blocks(ax, 8, "$h'_%s$", LFU_LORA)
     first_pass(ax)
     second_pass(ax)
-    plt.show()
+    finish()
 
 
 def blocks(ax: Axes, y: float, state: str, color: str) -> None:
@@ -115,7 +123,7 @@ def token_losses(title: str, losses: Tensor, tokens: Sequence[str], hardest: int
     label(ax, "the one by hand", hardest, float(losses[hardest]), LFU_LORA, (9, -9))
     ax.set(xlabel="answer token", ylabel="−log p (nats)", xlim=(-0.8, len(tokens) - 0.2))
     ax.grid(axis="x", visible=False)
-    plt.show()
+    finish()
 
 
 def losses_along(
@@ -136,7 +144,7 @@ def losses_along(
         ax.text(alpha[name], 0.93, " α", transform=ax.get_xaxis_transform())
         ax.set(title=f"auxiliary {name}", xlabel="step length t", ylabel="SFT loss (nats per token)")
         ax.margins(y=0.12)
-    plt.show()
+    finish()
 
 
 def state_changes(
@@ -155,7 +163,7 @@ def state_changes(
     right.text(1, right.get_ylim()[0] * 1.2, "RepS: exactly 0 here", va="bottom", color=LFU_REPS, fontsize=9)
     left.set(xlabel="block l", ylabel="‖h′ − h‖ / ‖h‖", title="over the answer, by block")
     right.set(xlabel="position t", title="first row, last block, by position")
-    plt.show()
+    finish()
 
 
 # --- Section 4: the consistency gradient ----------------------------------------------------------
@@ -174,7 +182,7 @@ def module_norms(title: str, norms: Mapping[str, np.ndarray[Any, Any]], modules:
         ax.grid(visible=False)
     axes[0].set_yticks(range(len(modules)), modules)
     figure.colorbar(image, ax=list(axes), label="log₁₀ of the norm")
-    plt.show()
+    finish()
 
 
 def norm_over_alpha(title: str, alphas: Sequence[float], norms: Mapping[tuple[str, str], Sequence[float]]) -> None:
@@ -183,11 +191,10 @@ def norm_over_alpha(title: str, alphas: Sequence[float], norms: Mapping[tuple[st
     for (name, kind), values in norms.items():
         ax = axes[list(COLOR).index(name)]
         ax.loglog(alphas, values, "o-" if kind == "with detach" else "s--", color=COLOR[name])
-        above = kind == "with detach"
-        label(ax, kind, alphas[1], values[1], COLOR[name], (0, 7) if above else (8, -8))
+        label(ax, kind, alphas[1], values[1], COLOR[name], (8, -12))
         ax.set(title=f"auxiliary {name}", xlabel="length of the ascent step α")
     axes[0].set_ylabel("‖g_cons‖ / α")
-    plt.show()
+    finish()
 
 
 def small_steps(
@@ -199,7 +206,8 @@ def small_steps(
     colors = dict(zip(sft, (SFT, LFU_LORA, BASELINE)))
     for name, losses in sft.items():
         left.plot(steps, losses, "o-", color=colors[name])
-        label(left, f"along −{name}", float(steps[-1]), float(losses[-1]), colors[name], (0, 8), ha="right")
+        offset, side = ((6, 6), "left") if name == "g_cons" else ((-7, -9 if name == "g_task" else 8), "right")
+        label(left, f"along −{name}", float(steps[3]), float(losses[3]), colors[name], offset, ha=side)
     for name in held:
         right.plot(steps, held[name], "o-", color=colors[name])
         right.plot(steps, anew[name], "s--", color=colors[name], mfc=PAPER)
@@ -209,7 +217,7 @@ def small_steps(
     right.plot([], [], "o-", color=INK, label="against the old h (Eq. 5)")
     right.plot([], [], "s--", color=INK, mfc=PAPER, label="against h computed anew")
     right.legend(loc="lower left", fontsize=9)
-    plt.show()
+    finish()
 
 
 # --- Section 7: whole runs ------------------------------------------------------------------------
@@ -217,8 +225,8 @@ def small_steps(
 LOOKS = {
     "SFT": (SFT, True, (9, -13)),
     "SFT at 3e-3": (SFT, False, (10, 4)),
-    "LfU (LoRA), λ 0.5": (LFU_LORA, True, (-20, 14)),
-    "LfU (LoRA), λ 5": (LFU_LORA, False, (10, -13)),
+    "LfU (LoRA), λ 0.5": (LFU_LORA, True, (0, 13)),
+    "LfU (LoRA), λ 5": (LFU_LORA, False, (-10, -4)),
     "LfU (RepS), λ 0.1": (LFU_REPS, True, (10, -2)),
 }
 """Row of the plan -> its colour, whether its marks are filled, and where its label stands."""
@@ -238,7 +246,7 @@ def kept_against_learned(
         right.plot(*zip(*points[name]), ".", color=color, ms=5, alpha=0.7)
         right.plot(*mean, "o", color=color, mfc=face, ms=11, mew=2)
         left.plot([], [], "-" if filled else "--", color=color, label=name)
-        label(right, name, mean[0], mean[1], color, offset)
+        label(right, name, mean[0], mean[1], color, offset, ha="right" if offset[0] < 0 else "left")
     right.plot(*zip(*(np.mean(points[name], axis=0) for name in ("SFT", "SFT at 3e-3"))), color=SFT, lw=1, zorder=1)
     right.plot(*base, "D", color=INK, ms=7)
     label(right, "base model", base[0], base[1], INK, (9, -3))
@@ -248,7 +256,7 @@ def kept_against_learned(
     left.tick_params(axis="y", which="minor", labelleft=False)
     right.set(xlabel="learned: exact match on the task (%)", ylabel="kept: mean exact match on the rest (%)")
     right.set(xlim=(0, 62), ylim=(50, 100))
-    plt.show()
+    finish()
 
 
 # --- Section 8: bfloat16 --------------------------------------------------------------------------
@@ -266,9 +274,9 @@ def change_in_bfloat16(
         label(ax, f"{name}, float64", grid[2], values[2], COLOR[name], (8, -10))
         label(ax, f"{name}, bfloat16", grid[-1], low[name][-1], COLOR[name], (8, -3))
     ax.axhline(rounding, color=INK, ls="--", lw=1)
-    label(ax, "rounding h once", grid[-1], rounding, INK, (8, -3))
+    label(ax, "rounding h once", grid[-1], rounding, INK, (8, -12))
     ax.set(xlabel="length of the ascent step α", ylabel="‖h′ − h‖ / ‖h‖", xlim=(grid[0] / 1.3, grid[-1] * 4))
-    plt.show()
+    finish()
 
 
 def gradients_by_precision(
@@ -278,7 +286,7 @@ def gradients_by_precision(
     figure, axes = plt.subplots(2, 2, figsize=(10, 5.6), sharex=True, sharey="row")
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=11)
     for column, name in enumerate(COLOR):
-        looks = dict(zip(ways, ((INK, "-"), (BASELINE, "s:"), (SFT, "^--"), (COLOR[name], "o-"))))
+        looks = dict(zip(ways, ((INK, "-"), (BASELINE, "s:"), (INK, "^--"), (COLOR[name], "o-"))))
         for way, (color, style) in looks.items():
             for row in range(2):
                 values = [found[name, way, alpha][row] for alpha in grid]
@@ -288,4 +296,4 @@ def gradients_by_precision(
         axes[1, column].legend(fontsize=8, loc="lower right")
     axes[0, 0].set_ylabel("cosine with float64")
     axes[1, 0].set_ylabel("norm / norm in float64")
-    plt.show()
+    finish()

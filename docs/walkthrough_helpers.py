@@ -5,7 +5,6 @@ Read next: `walkthrough_figures.py`, which draws.
 
 import inspect
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -26,7 +25,6 @@ from lfu.lora import Adapter
 from lfu.model import Config, Params
 
 torch.set_num_threads(1)  # operations this small are faster in one thread
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 # --- printing -------------------------------------------------------------------------------------
 
