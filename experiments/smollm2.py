@@ -12,15 +12,13 @@ Scores: answer NLL and exact match on GSM8K's test set; NLL of WikiText-2's vali
 KL(base ‖ tuned) per token on the base model's own greedy answers to 200 prompts that are not mathematics; answer NLL
 under the five prompts of the paper's appendix C.4 (which has exact match: too rare with this model); and answer NLL on
 training rows that no run trains on, to choose α and λ by, SFT's learning rate in the small regime, and when to stop it.
-Along the way every checkpoint has test NLL on fewer rows; those of an SFT run that is stopped in time have the NLL of
-the rows held back and the drift too. `gather` puts what is known of each setting and run into a JSON file, in the place
-of what the file says of them; `make tables` makes the page of it.
+Along the way every checkpoint has test NLL on fewer rows; runs that are stopped at their best step look at some of the
+rows held back instead (`lfu train --valid`).
 
 Read next: `smollm2_runs.py`.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +28,7 @@ from experiments.markdown import markdown
 from experiments.seeds import bounds, written
 from experiments.smollm2_runs import REGIMES, RUNS, SEEDS, SETTINGS, Paths, Scores, mean_of, run_all
 from lfu.io.files import read_json, read_optional_json, write_json
+from lfu.runs import read_history, read_log
 
 COLUMNS = {  # of the tables: head, digits
     "nll": ("test NLL", 3),
@@ -41,12 +40,13 @@ COLUMNS = {  # of the tables: head, digits
     "held": ("held back", 3),
 }
 PERCENT = ("strict", "flexible")
-ALONG = {"nll": "test NLL", "held": "held back", "drift": "drift"}
-"""What is measured along the way; test NLL is that of the first CURVE_ROWS."""
+ALONG = {"nll": "test NLL", "held": "held back", "drift": "drift", "valid": "validation"}
+"""What is measured along the way; test NLL is that of the first CURVE_ROWS, validation of the first VALID_ROWS."""
 LABELS = {
     "base": "base model",
     "sft": "SFT",
-    "stopped": "SFT, stopped in time",
+    "stopped": "SFT, its best checkpoint of every 8 steps",
+    "sft_stopped": "SFT, best step",
     "sft3e4": "SFT at 3e-4",
     "sft1e4": "SFT at 1e-4",
     "lora": "LfU (LoRA) λ 5",
@@ -59,6 +59,12 @@ LABELS = {
     "reps1": "LfU (RepS) λ 1",
     "reps10": "LfU (RepS) λ 10",
     "reps100": "LfU (RepS) λ 100",
+    "lora_stopped": "LfU (LoRA) λ 5, best step",
+    "lora0.5_stopped": "LfU (LoRA) λ 0.5, best step",
+    "reps10_stopped": "LfU (RepS) λ 10, best step",
+    "anchored": "Anchored, best step",
+    "anchored_stopped": "Anchored to SFT's best step, best step",
+    "distilled": "distillation from SFT, best step",
     "neftune": "NEFTune",
     "gem": "GEM",
     "im": "IM",
@@ -153,11 +159,12 @@ def measured(folder: Path) -> Scores:
 
 def curve_of(run: Path) -> dict[str, Any]:
     """What was measured along the way, by step, and the median norm of the gradients."""
+    log = read_log(run / "log.jsonl")
     found = {kind: values for kind in ALONG if (values := along(run, kind))}
-    if not found:
-        return {}
-    log = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return {"gradient": statistics.median(step["gradient_norm"] for step in log)} | found
+    if seen := read_history(run / "log.jsonl"):
+        found["valid"] = {str(step): value for step, value in seen}
+    norms = [line["gradient_norm"] for line in log if line["step"] > 0]
+    return {"gradient": statistics.median(norms)} | found if found else {}
 
 
 def along(run: Path, kind: str) -> dict[str, float]:
@@ -216,7 +223,7 @@ def difference_table(settings: dict[str, Any]) -> str:
 def curve_table(curves: dict[str, Any], regime: str) -> str:
     """A row for each run and what was measured on its way, a column for each step."""
     runs = {name: curve for name, curve in curves.items() if name.startswith(f"{regime}-")}
-    steps = sorted({step for curve in runs.values() for step in curve["nll"]}, key=int)
+    steps = sorted({step for curve in runs.values() for way in ALONG for step in curve.get(way, {})}, key=int)
     rows = []
     for name, label in LABELS.items():
         for run in (f"{regime}-{name}-{seed}" for seed in SEEDS):

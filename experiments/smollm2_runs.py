@@ -24,7 +24,7 @@ from lfu.evaluation.estimates import Estimate, accuracy
 from lfu.evaluation.generative import PROMPT_VARIANTS, gsm8k_scores, harness_prompt
 from lfu.evaluation.nll import answer_nll, per_token, sum_rows
 from lfu.generate import generate
-from lfu.io.files import read_json, write_json
+from lfu.io.files import read_json, write_json, write_text
 from lfu.lora import Adapter
 from lfu.lora import load as load_adapter
 from lfu.loss import answer_mask
@@ -35,7 +35,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0},
     "lora500": {"method": "lfu-lora", "alpha": 0.001, "lam": 500.0},
     "reps": {"method": "lfu-reps", "alpha": 0.1, "lam": 0.1},
-    "stopped": {"method": "sft"},  # SFT's own run, at the checkpoint that is best on the rows held back
+    "sft_stopped": {"method": "sft", "valid": True},  # at the step that is best on rows held back: OUT/best
+    "lora_stopped": {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0, "valid": True},
+    "lora0.5_stopped": {"method": "lfu-lora", "alpha": 0.1, "lam": 0.5, "valid": True},
+    "reps10_stopped": {"method": "lfu-reps", "alpha": 0.1, "lam": 10.0, "valid": True},
+    # Anchored Learning in as many steps: five stages that share the epochs; towards SFT's last or best adapter.
+    "anchored": {"method": "anchored", "reference": "sft_stopped/adapter", "valid": True},
+    "anchored_stopped": {"method": "anchored", "reference": "sft_stopped/best", "valid": True},
+    "distilled": {
+        "method": "anchored",
+        "anchor_alpha": 1.0,
+        "stages": 1,
+        "reference": "sft_stopped/adapter",
+        "valid": True,
+    },
     "neftune": {"method": "neftune"},
     "gem": {"method": "gem-logsigmoid"},
     "im": {"method": "sft", "loss_on": "instruction+answer"},
@@ -61,20 +74,28 @@ PUBLISHED = ("sft", "lora", "lora500", "reps")
 BASELINES = ("neftune", "gem", "im", "rlora", "rreps")
 GENTLER = ("sft3e4", "sft1e4")
 CANDIDATES = ("lora0.5", "lora50", "reps1", "reps10", "reps100", "relative50", "relative500")
+STOPPED = (
+    "sft_stopped",
+    "anchored",
+    "lora_stopped",
+    "anchored_stopped",
+    "distilled",
+    "lora0.5_stopped",
+    "reps10_stopped",
+)
 SEEDS = (42, 43, 44)
 RUNS = [
     f"{regime}-{name}-{seed}"
     for seed, regimes, names in (
         (42, REGIMES, PUBLISHED),
         (43, REGIMES, ("sft", "lora", "lora500")),
-        (42, ("small",), ("stopped", *BASELINES, *GENTLER, *CANDIDATES)),
-        (43, ("small",), ("stopped",)),
+        (42, ("small",), (*BASELINES, *GENTLER, *CANDIDATES)),
         (43, REGIMES, ("reps",)),
         (44, REGIMES, ("sft", "lora", "reps")),
         (42, ("full",), (*BASELINES, "reps10", "lora0.5", "relative50")),
-        (44, ("small",), ("stopped",)),
         (43, ("small",), ("reps10",)),
         (44, ("small",), ("reps10",)),
+        (42, ("small",), STOPPED),
     )
     for regime, name in product(regimes, names)
 ]
@@ -82,6 +103,7 @@ RUNS = [
 # Of GSM8K's test set: for the likelihood at the end of a run and along the way, and for exact match.
 TEST_ROWS, CURVE_ROWS, MATCH_ROWS = 500, 100, 200
 PROMPT_ROWS = 100  # of the test set, under each wording
+VALID_ROWS, VALID_EVERY = 64, 4  # of the rows held back, for the runs that look at them along the way
 HELD_BACK = slice(7000, 7200)  # of the training set, of which runs see the first 480 rows at most
 WINDOW, WINDOWS = 512, 64  # WikiText-2 is scored in this many windows of this many tokens
 FORMS = (
@@ -149,35 +171,25 @@ def run_one(paths: Paths, world: World, name: str) -> None:
     """All scores of one run, or of the base model."""
     folder = paths.out / name
     adapters = fine_tuned(paths, world, name)
+    match = name == "base" or not options_of(paths, name).valid
     score_once(folder / "held.json", partial(nll_scores, world, adapters, world.held))
-    score_once(folder / "scores.json", partial(scores, world, adapters))
+    score_once(folder / "scores.json", partial(scores, world, adapters, match=match))
     score_once(folder / "prompts.json", partial(prompt_scores, world, adapters))
     if name == "base":
         kept(folder / "squares.json", partial(squares, world))
 
 
 def fine_tuned(paths: Paths, world: World, name: str) -> list[Adapter]:
-    """Fine-tune, with the answer NLL along the way; or take the best checkpoint of a finished SFT run."""
+    """Fine-tune, with the answer NLL along the way; or take the step that is best on rows held back."""
     if name == "base":
         return []
-    if "-stopped-" in name:
-        run = paths.out / name.replace("stopped", "sft")
-        if not (run / "adapter").is_dir():
-            raise InputError(f"{name} is a checkpoint of {run.name}, which has not been trained to its end.")
-        steps = checkpoints(run)
-        for step in steps:
-            score_checkpoint(world, step, "drift", drift_scores)
-        return [stopped_in_time(world, steps)]
-    last = cli.train(options_of(paths, name))
+    options = options_of(paths, name)
+    last = cli.train(options)
+    if options.valid is not None:
+        return [load_adapter(last.parent / "best", world.config)]
     for step in checkpoints(paths.out / name):
         score_checkpoint(world, step, "nll", partial(nll_scores, rows=world.test[:CURVE_ROWS]))
     return [load_adapter(last, world.config)]
-
-
-def stopped_in_time(world: World, steps: list[Path]) -> Adapter:
-    """The best of a run's checkpoints by the rows held back."""
-    held = {step: score_checkpoint(world, step, "held", partial(nll_scores, rows=world.held)) for step in steps}
-    return load_adapter(min(held, key=held.__getitem__), world.config)
 
 
 def score_checkpoint(world: World, step: Path, name: str, measure: Measure) -> float:
@@ -195,15 +207,31 @@ def mean_of(scores: Scores) -> float:
 def options_of(paths: Paths, name: str) -> cli.TrainOptions:
     """The options of a run named regime-setting-seed."""
     regime, setting, seed = name.split("-")
+    given = REGIMES[regime] | SETTINGS[setting]
+    if given.get("valid"):
+        given |= {"valid": str(held_back_rows(paths)), "eval_every": VALID_EVERY}
+    if "reference" in given:
+        run, folder = given["reference"].split("/")
+        given["reference"] = str(paths.out / f"{regime}-{run}-{seed}" / folder)
+        given["epochs"] //= given.get("stages", 5)
     return cli.TrainOptions(
         model=str(paths.model),
         data=str(paths.gsm8k / "train.jsonl"),
         out=str(paths.out / name),
+        template="alpaca",
         dtype="bfloat16",
         seed=int(seed),
         resume=(paths.out / name / "settings.json").is_file(),
-        **(REGIMES[regime] | SETTINGS[setting]),
+        **given,
     )
+
+
+def held_back_rows(paths: Paths) -> Path:
+    """A file of the rows held back that a run looks at."""
+    path = paths.out / "held.jsonl"
+    lines = (paths.gsm8k / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[HELD_BACK]
+    write_text(path, "".join(lines[:VALID_ROWS]))
+    return path
 
 
 def score_once(path: Path, measure: Callable[[], dict[str, Estimate]]) -> Scores:
@@ -251,13 +279,13 @@ def base_answers(config: Config, base: Params, tokenizer: ModelTokenizer, out: P
     return [Example([*prompt, *answer], len(prompt), i) for i, (prompt, answer) in enumerate(rows) if answer]
 
 
-def scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
-    """Everything."""
+def scores(world: World, adapters: list[Adapter], match: bool) -> dict[str, Estimate]:
+    """Everything; exact match, which takes longest and is rare with this model, only where it is asked for."""
     return {
         **nll_scores(world, adapters, world.test),
         "wikitext": answer_nll(world.config, world.base, world.wikitext, adapters, batch_size=8),
         **drift_scores(world, adapters),
-        **match_scores(world, adapters),
+        **(match_scores(world, adapters) if match else {}),
     }
 
 

@@ -11,11 +11,11 @@ from commands import MINI, sums, uneven_sums, write_rows
 from experiments import smollm2, smollm2_runs
 from experiments.smollm2_runs import FORMS, TOPICS, Paths, load_world, run_all
 from lfu import model
-from lfu.checkpoints import checkpoints
 from lfu.data.tokens import Format, encode_row
 from lfu.errors import InputError
 from lfu.io.files import read_json, write_json
 from lfu.lora import load as load_adapter
+from lfu.runs import read_history
 
 SMALL: dict[str, Any] = {
     "TEST_ROWS": 4,
@@ -49,7 +49,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def out(paths: Paths) -> Path:
-    run_all(paths, ["base", "small-sft-42", "small-stopped-42"])
+    run_all(paths, ["base", "small-sft-42", "small-sft_stopped-42"])
     return paths.out
 
 
@@ -90,24 +90,27 @@ def test_the_size_of_the_states_is_taken_where_an_answer_is_predicted_and_in_who
     assert sizes["rows"] == pytest.approx(torch.cat(rows, 1).mean((1, 2)).tolist())
 
 
-def test_stopping_in_time_takes_the_checkpoint_that_is_best_on_the_rows_held_back(out: Path) -> None:
-    held = {path.name: read_json(path)["nll"]["mean"] for path in (out / "small-sft-42").glob("held-step-*.json")}
-    assert len(held) == len(checkpoints(out / "small-sft-42")) == 3
-    assert len(set(held.values())) == 3
-    assert read_json(out / "small-stopped-42" / "held.json")["nll"]["mean"] == min(held.values())
-    last = read_json(out / "small-sft-42" / "drift-step-6.json")["drift"]
-    assert last == read_json(out / "small-sft-42" / "scores.json")["drift"]
+def test_a_run_that_is_stopped_is_scored_at_the_step_that_is_best_on_the_rows_held_back(
+    paths: Paths, out: Path
+) -> None:
+    run = out / "small-sft_stopped-42"
+    step = read_json(run / "best" / "lfu_config.json")["best_step"]
+    history = dict(read_history(run / "log.jsonl"))
+    assert step == min(history, key=history.__getitem__)
+    assert read_json(run / "held.json")["nll"]["mean"] == pytest.approx(history[step], rel=1e-5)
+    whole = read_json(out / "small-sft-42" / "scores.json")
+    assert read_json(run / "scores.json").keys() == whole.keys() - {"strict", "flexible"}
 
 
-def test_a_run_that_is_not_finished_is_not_stopped_in_time(paths: Paths, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="small-sft-42, which has not been trained to its end"):
-        run_all(replace(paths, out=tmp_path), ["small-stopped-42"])
-    assert not list(tmp_path.glob("small-stopped-42/*"))
+def test_anchored_learning_takes_as_many_steps_from_the_run_before(paths: Paths, out: Path) -> None:
+    options = smollm2_runs.options_of(paths, "small-anchored-42")
+    assert options.epochs == SMALL["REGIMES"]["small"]["epochs"] // 5
+    assert Path(options.reference or "") == out / "small-sft_stopped-42" / "adapter"
 
 
 def test_a_run_that_cannot_be_made_does_not_keep_the_others_from_being_made(paths: Paths, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"small-stopped-42: .*has not been trained to its end"):
-        run_all(replace(paths, out=tmp_path), ["small-stopped-42", "base"])
+    with pytest.raises(InputError, match=r"small-anchored-42: .*does not exist"):
+        run_all(replace(paths, out=tmp_path), ["small-anchored-42", "base"])
     assert (tmp_path / "base" / "scores.json").is_file()
 
 
@@ -119,7 +122,7 @@ def test_a_text_too_short_to_score_is_refused(paths: Paths, tmp_path: Path) -> N
 
 def test_a_second_time_nothing_is_scored_again(paths: Paths, out: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")}
-    run_all(paths, ["base", "small-sft-42", "small-stopped-42"])
+    run_all(paths, ["base", "small-sft-42", "small-sft_stopped-42"])
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")} == before
 
 
@@ -133,7 +136,7 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(
 
 def test_what_is_gathered_has_every_setting_and_run(out: Path) -> None:
     data = smollm2.gathered(out)
-    assert list(data["small"]) == ["base", "sft", "stopped"]
+    assert list(data["small"]) == ["base", "sft", "sft_stopped"]
     tuned = read_json(out / "small-sft-42" / "scores.json")
     assert data["small"]["sft"]["nll"] == {
         "mean": tuned["nll"]["mean"],
@@ -143,7 +146,8 @@ def test_what_is_gathered_has_every_setting_and_run(out: Path) -> None:
     assert data["small"]["base"]["strict"]["mean"] == 100 * read_json(out / "base" / "scores.json")["strict"]["mean"]
     curve = data["curves"]["small-sft-42"]
     assert curve["nll"]["2"] == read_json(out / "small-sft-42" / "nll-step-2.json")["nll"]["mean"]
-    assert [list(curve[kind]) for kind in ("nll", "held", "drift")] == [["2", "4", "6"]] * 3
+    assert list(curve["nll"]) == ["2", "4", "6"]
+    assert list(data["curves"]["small-sft_stopped-42"]["valid"]) == ["0", "4", "6"]
     assert curve["gradient"] > 0
 
 
@@ -152,11 +156,11 @@ def test_the_page_has_a_row_for_each_setting_and_measurement(out: Path) -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     tuned = read_json(out / "small-sft-42" / "scores.json")["nll"]
     assert ["SFT", f"{tuned['mean']:.3f} ± {tuned['error']:.3f}"] in [row[:2] for row in rows]
-    along = read_json(out / "small-sft-42" / "drift-step-2.json")["drift"]["mean"]
-    assert [*rows[-5][:1], *rows[-5][2:4]] == ["SFT, seed 42", "drift", f"{along:.3f}"]
+    along = read_json(out / "small-sft-42" / "nll-step-2.json")["nll"]["mean"]
+    assert [f"{along:.3f}"] in [row[3:4] for row in rows if row[0] == "SFT, seed 42"]
     assert [row[0] for row in rows[-2:]] == ["answers", "rows"]
     assert "nan" not in text
-    assert smollm2.LABELS.keys() == {"base", *smollm2_runs.SETTINGS}
+    assert smollm2.LABELS.keys() == {"base", "stopped", *smollm2_runs.SETTINGS}
 
 
 def test_gathering_replaces_what_is_known_and_keeps_the_rest() -> None:
