@@ -18,7 +18,7 @@ from commands import MINI, asked_for, lfu, refusal, write_rows
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lfu import cli
-from lfu.cli.train import read_examples
+from lfu.cli.train import choose_format, read_examples
 from lfu.data.rows import Row
 from lfu.data.tokens import TEMPLATES, Format, load_tokenizer, prompt_ids
 from lfu.evaluation.generative import harness_prompt
@@ -121,7 +121,9 @@ def test_what_is_trained_on_asked_and_scored_is_the_natural_text(
 
     for loss_on in ("answer", "instruction+answer"):
         options = cli.TrainOptions(data=str(data), out="", loss_on=loss_on, **how)
-        (example,) = read_examples(options, str(data), model, load_tokenizer(model, 1024))
+        (example,) = read_examples(
+            options, choose_format(options, model), str(data), model, load_tokenizer(model, 1024)
+        )
         assert (example.tokens, example.prompt_length) == ([*whole, 2], len(prompt))
     cli.generate(cli.GenerateOptions(question=QUESTION, max_new_tokens=1, **how))
     cli.evaluate(cli.EvalOptions(data=str(data), score="exact", max_new_tokens=1, nll=False, **how))
@@ -150,7 +152,7 @@ def test_a_text_that_begins_with_bos_gets_no_second(
     cli.generate(cli.GenerateOptions(question=question, max_new_tokens=1, **how))
     cli.evaluate(cli.EvalOptions(data=str(data), score="exact", max_new_tokens=1, nll=False, **how))
     options = cli.TrainOptions(data=str(data), out="", **how)
-    (example,) = read_examples(options, str(data), model, load_tokenizer(model, 1024))
+    (example,) = read_examples(options, choose_format(options, model), str(data), model, load_tokenizer(model, 1024))
     assert [*asked, example.tokens[: example.prompt_length]] == [expected] * 3
     assert prompt_ids(load_tokenizer(model, 1024), Format("plain", bos=False), question) == expected
 
