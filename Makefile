@@ -35,7 +35,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-plot
 	$(BIN)/python -m experiments.demo
 
 walkthrough: $(VENV)/installed-docs
@@ -57,6 +57,10 @@ $(VENV)/torch:
 $(VENV)/installed: $(VENV)/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
+
+$(VENV)/installed-plot: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[plot]'
+	touch $@ $(VENV)/installed
 
 $(VENV)/installed-test: $(VENV)/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
