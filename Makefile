@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-.PHONY: install test test-oldest mutants crash fuzz lint demo walkthrough walkthrough-check scale clean
+.PHONY: install test test-oldest mutants crash fuzz lint demo walkthrough walkthrough-check docs scale clean
 
 install: $(VENV)/installed
 
@@ -44,6 +44,10 @@ walkthrough: $(VENV)/installed-docs
 walkthrough-check: $(VENV)/installed-docs
 	$(BIN)/python docs/execute.py --check
 
+# README.md and docs/ as a static site in site/; open site/index.html. The notebook is shown as it was last executed.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # Random weights in the shape of Llama-3.1-8B, then of Mistral-7B (16 and 15 GB on disk), and one LfU step of each kind.
 scale: $(VENV)/installed
 	$(BIN)/python -m experiments.scale step --shape llama-3.1-8b --folder $(FOLDER)/llama-3.1-8b
@@ -71,4 +75,4 @@ $(VENV)/installed-docs: $(VENV)/torch pyproject.toml
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest runs
+	rm -rf $(VENV) $(VENV)-oldest runs site
