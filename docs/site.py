@@ -23,15 +23,18 @@ from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[1]
 README, NOTEBOOK = "README.md", "docs/walkthrough.ipynb"
+MOVED = {README: "index.md", NOTEBOOK: "walkthrough.md"}
+FIRST = ("index.md", "walkthrough.md", "results.md", "paper-and-code.md", "reproduce.md")
+"""What leads the list of pages; the others follow by name, the tables last."""
 LINK = re.compile(r'(\]\(|\bsrc=")(?!\w+:)([^)"#\s]*)(#[^)"\s]*)?')
 """What stands before a relative target in Markdown or HTML, the file, the anchor."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the README, the notebook, and every file that a page links to."""
-    files.append(File.generated(config, place(README), abs_src_path=str(ROOT / README)))
-    for name, content in notebook():
+    """Add the README, the notebook, and every file that a page links to; put the pages in order."""
+    overview = "---\ntitle: Overview\n---\n" + (ROOT / README).read_text(encoding="utf-8")
+    for name, content in [(place(README), overview), *notebook()]:
         files.append(File.generated(config, name, content=content))
     pages = list(files.documentation_pages())
     for page in pages:  # grows: a page that is added may link to others
@@ -39,7 +42,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             if is_source(path) and files.get_file_from_path(place(path)) is None:
                 pages.append(source_page(config, path))
                 files.append(pages[-1])
+    config.nav = navigation([page.src_uri for page in pages if not page.src_uri.startswith("source/")])
     return files
+
+
+def navigation(pages: list[str]) -> list[Any]:
+    """The list of pages beside each page, under the titles that they have."""
+    tables = sorted(page for page in pages if page.startswith("tables/"))
+    others = sorted({*pages} - {*FIRST, *tables})
+    return [*FIRST, *others] + ([{"Tables": tables}] if tables else [])
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
@@ -84,8 +95,6 @@ def source_page(config: MkDocsConfig, path: str) -> File:
 
 
 # --- links ----------------------------------------------------------------------------------------
-
-MOVED = {README: "index.md", NOTEBOOK: "walkthrough.md"}
 
 
 def is_source(path: str) -> bool:
