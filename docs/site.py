@@ -49,7 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def navigation(pages: list[str]) -> list[Any]:
     """The list of pages beside each page, under the titles that they have."""
     tables = sorted(page for page in pages if page.startswith("tables/"))
-    others = sorted({*pages} - {*FIRST, *tables})
+    others = sorted({*pages} - {*FIRST, *tables}, key=lambda page: page.removesuffix(".md"))
     return [*FIRST, *others] + ([{"Tables": tables}] if tables else [])
 
 
@@ -88,7 +88,7 @@ def source_page(config: MkDocsConfig, path: str) -> File:
     elif there.suffix == ".md":
         body = there.read_text(encoding="utf-8")
     else:
-        body = f"# {path}\n\n````{there.suffix[1:]}\n{there.read_text(encoding='utf-8')}\n````"
+        body = f"---\nhide: [toc]\n---\n# {path}\n\n````{there.suffix[1:]}\n{there.read_text(encoding='utf-8')}\n````"
     page = File.generated(config, place(path), content=body)
     page.inclusion = InclusionLevel.NOT_IN_NAV
     return page
