@@ -86,7 +86,10 @@ def read_trial(text: str) -> Trial:
     method, _, lam = text.partition(":")
     if method not in METHODS:
         raise argparse.ArgumentTypeError(f"{method!r} is none of {', '.join(METHODS)}")
-    return Trial(method, float(lam) if lam else METHODS[method].published.get("lam"))
+    published = METHODS[method].published.get("lam")
+    if lam and published is None:
+        raise argparse.ArgumentTypeError(f"{method} has no λ")
+    return Trial(method, float(lam) if lam else published)
 
 
 # --- a model --------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ def test_a_method_is_typed_with_or_without_its_lambda() -> None:
     assert [trial.folder.name for trial in DEFAULT] == ["sft", "lfu-lora-0.5", "lfu-lora-5"]
     with pytest.raises(argparse.ArgumentTypeError, match="'lora' is none of sft, lfu-lora"):
         demo.read_trial("lora:1")
+    with pytest.raises(argparse.ArgumentTypeError, match="sft has no λ"):
+        demo.read_trial("sft:1")
 
 
 def test_what_is_kept_is_the_mean_of_the_other_columns() -> None:
