@@ -29,6 +29,7 @@ FIRST = ("index.md", "walkthrough.md", "results.md", "paper-and-code.md", "repro
 LINK = re.compile(r'(\]\(|\bsrc=")(?!\w+:)([^)"#\s]*)(#[^)"\s]*)?')
 """What stands before a relative target in Markdown or HTML, the file, the anchor."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+PICTURE = re.compile(r'(<img\b[^>]*\bsrc="(?!\w+:)([^"]+)"[^>]*>)')
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -60,8 +61,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Formulas as MathML."""
-    return FORMULA.sub(lambda found: mathml(found[2], "inline" if found[1] == "span" else "block"), html)
+    """Formulas as MathML; each picture leads to itself, to be enlarged on a phone."""
+    html = FORMULA.sub(lambda found: mathml(found[2], "inline" if found[1] == "span" else "block"), html)
+    return PICTURE.sub(r'<a href="\2">\1</a>', html)
 
 
 def mathml(formula: str, display: str) -> str:
