@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-.PHONY: install test test-oldest mutants crash fuzz lint demo walkthrough walkthrough-check tables figures scale clean
+.PHONY: install test test-oldest mutants crash fuzz lint demo walkthrough walkthrough-check tables figures docs scale clean
 
 install: $(VENV)/installed
 
@@ -35,7 +35,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-plot
 	$(BIN)/python -m experiments.demo
 
 walkthrough: $(VENV)/installed-docs
@@ -52,6 +52,10 @@ tables: $(VENV)/installed
 figures: $(VENV)/installed-docs
 	$(BIN)/python -m experiments.figures
 
+# README.md and docs/ as a static site in site/; open site/index.html. The notebook is shown as it was last executed.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # Random weights in the shape of Llama-3.1-8B, then of Mistral-7B (16 and 15 GB on disk), and one LfU step of each kind.
 scale: $(VENV)/installed
 	$(BIN)/python -m experiments.scale step --shape llama-3.1-8b --folder $(FOLDER)/llama-3.1-8b
@@ -66,6 +70,10 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
+$(VENV)/installed-plot: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[plot]'
+	touch $@ $(VENV)/installed
+
 $(VENV)/installed-test: $(VENV)/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/installed
@@ -75,4 +83,4 @@ $(VENV)/installed-docs: $(VENV)/torch pyproject.toml
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest runs
+	rm -rf $(VENV) $(VENV)-oldest runs site

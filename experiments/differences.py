@@ -2,7 +2,7 @@
 
     python -m experiments.differences --model SMOLLM2 --data gsm8k/train.jsonl --adapter ADAPTER
     python -m experiments.differences --model weights/mini --data weights/mini/math/train.jsonl --template question
-                                      --adapter runs/demo/lfu-lora/adapter
+                                      --adapter runs/demo/lfu-lora-5/adapter
 
 Every row of the tables starts from the paper's algorithm (Algorithm 1 or 2, float32, the published α and λ) and changes
 one thing, the last ones everything; the entries are cosine and norm ratio against that algorithm, of the gradient of
