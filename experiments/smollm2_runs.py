@@ -209,15 +209,15 @@ def options_of(paths: Paths, name: str) -> cli.TrainOptions:
     regime, setting, seed = name.split("-")
     given = REGIMES[regime] | SETTINGS[setting]
     if given.get("valid"):
-        given |= {"valid": str(held_back_rows(paths)), "eval_every": VALID_EVERY}
+        given |= {"valid": held_back_rows(paths), "eval_every": VALID_EVERY}
     if "reference" in given:
         run, folder = given["reference"].split("/")
-        given["reference"] = str(paths.out / f"{regime}-{run}-{seed}" / folder)
+        given["reference"] = paths.out / f"{regime}-{run}-{seed}" / folder
         given["epochs"] //= given.get("stages", 5)
     return cli.TrainOptions(
-        model=str(paths.model),
-        data=str(paths.gsm8k / "train.jsonl"),
-        out=str(paths.out / name),
+        model=paths.model,
+        data=paths.gsm8k / "train.jsonl",
+        out=paths.out / name,
         template="alpaca",
         dtype="bfloat16",
         seed=int(seed),

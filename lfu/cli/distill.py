@@ -16,6 +16,7 @@ from lfu.cli.options import (
     ModelOptions,
     PromptSetup,
     RowsOptions,
+    StrPath,
     check_writable,
     choose_device,
     choose_dtype,
@@ -34,8 +35,8 @@ from lfu.io.huggingface import fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions(RowsOptions, ModelOptions):
-    model: str = option("model folder or hub id; the model that will be fine-tuned")
-    out: str = option("JSONL file for the same rows with their new answers, written as they come; must not exist")
+    model: StrPath = option("model folder or hub id; the model that will be fine-tuned")
+    out: StrPath = option("JSONL file for the same rows with their new answers, written as they come; must not exist")
     recipe: str = option(
         "SDFT's prompt for rewriting; all but general take an answer only with the last integer of the reference",
         "gsm8k",

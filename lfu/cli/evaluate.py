@@ -15,6 +15,7 @@ from lfu.cli.options import (
     InferenceOptions,
     PromptSetup,
     RowsOptions,
+    StrPath,
     check_writable,
     describe_positions,
     encode_question,
@@ -39,9 +40,9 @@ from lfu.io.huggingface import fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(RowsOptions, InferenceOptions):
-    data: str = option("JSONL file of questions and reference answers, of choices, or of texts")
+    data: StrPath = option("JSONL file of questions and reference answers, of choices, or of texts")
     answer: str = option("name of the answer column: a text, of f1 also texts, of choices the index from 0", "answer")
-    out: str | None = option(
+    out: StrPath | None = option(
         "JSONL file for the predictions, written as they come; the same command continues one that was cut off", None
     )
     score: str = option(
@@ -57,7 +58,7 @@ class EvalOptions(RowsOptions, InferenceOptions):
         choices=["own", "harness"],
     )
     shots: int = option("worked examples in the harness prompt", 0)
-    shots_data: str | None = option("JSONL file to draw the worked examples from", None)
+    shots_data: StrPath | None = option("JSONL file to draw the worked examples from", None)
     seed: int = option("seed of the worked examples", 42)
     drop: bool = option("leave out rows that cannot be asked or compared, instead of stopping", False)
     generate: bool = option("generate answers and score them", True)
@@ -283,7 +284,7 @@ def by_likelihood(options: EvalOptions) -> Iterator[Described]:
 # --- predictions on disk ---------------------------------------------------------------------------
 
 
-def unfinished(out: str) -> Path:
+def unfinished(out: StrPath) -> Path:
     """Beside --out until all its rows are there: what the evaluation is, so that the same one can continue it."""
     return Path(f"{out}.unfinished")
 

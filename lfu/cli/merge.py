@@ -8,7 +8,7 @@ import torch
 
 from lfu import lora, model
 from lfu.baselines.averages import ensemble
-from lfu.cli.options import Options, adapter_format, cast_adapter, check_writable, format_flags, option
+from lfu.cli.options import Options, StrPath, adapter_format, cast_adapter, check_writable, format_flags, option
 from lfu.errors import InputError
 from lfu.io.config import Config, read_config, rope_keys
 from lfu.io.files import require_finite
@@ -17,10 +17,10 @@ from lfu.io.huggingface import resolve_model, write_model
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(Options):
-    model: str = option("model folder or hub id")
-    adapter: str = option("adapter folder")
+    model: StrPath = option("model folder or hub id")
+    adapter: StrPath = option("adapter folder")
     weight: float = option("the adapter's share: 1 - β in Table 11 a of the paper, where β weighs the bare model", 1.0)
-    out: str = option("folder for the merged model; must not exist")
+    out: StrPath = option("folder for the merged model; must not exist")
 
 
 def merge(options: MergeOptions) -> Path:

@@ -38,6 +38,10 @@ from lfu.io.huggingface import fingerprint, is_same_model, resolve_model
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
+StrPath = str | Path
+"""A path as it may be given. Options keep it as text."""
+
+
 def option(help: str, default: Any = MISSING, **how: Any) -> Any:
     """A field of an options object that is also a command-line option. Without a default it is required."""
     return field(default=default, metadata={"help": help, **how})
@@ -97,7 +101,7 @@ def check_writable(out: str | Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
-    model: str = option("model folder, or hub id such as meta-llama/Llama-3.1-8B")
+    model: StrPath = option("model folder, or hub id such as meta-llama/Llama-3.1-8B")
     dtype: str | None = option(
         "dtype of the weights (default: the file's; float32 on the CPU)", None, choices=list(DTYPES)
     )
@@ -106,7 +110,7 @@ class ModelOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RowsOptions(Options):
-    data: str = option("JSONL file of questions and reference answers")
+    data: StrPath = option("JSONL file of questions and reference answers")
     layout: str = option(
         "what the rows hold: two columns, those of a published data set, or messages", "columns", choices=list(LAYOUTS)
     )
@@ -124,7 +128,7 @@ class RowsOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceOptions(ModelOptions):
-    adapter: str | None = option("adapter folder (default: the model alone)", None)
+    adapter: StrPath | None = option("adapter folder (default: the model alone)", None)
     template: str | None = option(
         "how a question becomes a prompt; chat: the model's own (default: as the adapter or model says, else alpaca)",
         None,
@@ -180,7 +184,7 @@ def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
     return PromptSetup(folder, config, tokenizer, form, longest_context(folder), said)
 
 
-def note_template(model: str, folder: Path, said: Format | None, template: str) -> None:
+def note_template(model: StrPath, folder: Path, said: Format | None, template: str) -> None:
     """Print it where a model is asked otherwise than it was made for, as far as its files say."""
     if said is not None and said.template != template:
         print(f"The model was made for the template {said.template}; {template} is used.")

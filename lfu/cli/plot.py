@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfu.cli.options import Options, check_writable, option
+from lfu.cli.options import Options, StrPath, check_writable, option
 from lfu.errors import InputError
 from lfu.runs import read_log
 
@@ -22,8 +22,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 
 @dataclass(frozen=True, kw_only=True)
 class PlotOptions(Options):
-    runs: list[str] = option("folders of runs", positional=True)
-    out: str = option("picture to write, a .png or .svg; may exist")
+    runs: list[StrPath] = option("folders of runs", positional=True)
+    out: StrPath = option("picture to write, a .png or .svg; may exist")
 
 
 def plot(options: PlotOptions) -> Path:
@@ -68,7 +68,7 @@ def load_pyplot() -> Any:
     return pyplot
 
 
-def draw_panel(axis: Any, name: str, logs: dict[str, list[dict[str, Any]]]) -> None:
+def draw_panel(axis: Any, name: str, logs: dict[StrPath, list[dict[str, Any]]]) -> None:
     """One quantity of all runs; a point each where there are few."""
     for number, (run, log) in enumerate(logs.items()):
         found = [(line["step"], line[name]) for line in log if name in line]

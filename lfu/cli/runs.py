@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lfu.checkpoints import MAY_CHANGE, checkpoints
-from lfu.cli.options import Options, option
+from lfu.cli.options import Options, StrPath, option
 from lfu.errors import InputError, option_name
 from lfu.io.files import read_json
 from lfu.runs import is_locked, read_log
@@ -17,7 +17,7 @@ SAID_APART = ("method", "model_fingerprint", "data_sha256", "valid_sha256", "ada
 
 @dataclass(frozen=True, kw_only=True)
 class RunsOptions(Options):
-    folder: str = option("folder that holds runs, or is one", positional=True)
+    folder: StrPath = option("folder that holds runs, or is one", positional=True)
 
 
 def runs(options: RunsOptions) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from lfu.checkpoints import BEST
 from lfu.cli.options import (
     ModelOptions,
     RowsOptions,
+    StrPath,
     adapter_format,
     block_numbers,
     check_writable,
@@ -72,7 +73,7 @@ SCHEDULE = Settings()
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RowsOptions, ModelOptions):
-    out: str = option("folder of the run; must not hold another one")
+    out: StrPath = option("folder of the run; must not hold another one")
     method: str = option("how to train: see lfu methods", "lfu-lora", choices=list(methods.METHODS))
     alpha: float | None = option(
         f"length of the step that raises the loss, or scale of neftune's noise (default: {published('alpha')})", None
@@ -91,7 +92,7 @@ class TrainOptions(RowsOptions, ModelOptions):
         None,
         choices=list(NORMS),
     )
-    reference: str | None = option("for anchored: the adapter folder of an SFT run", None)
+    reference: StrPath | None = option("for anchored: the adapter folder of an SFT run", None)
     anchor_alpha: float | None = option(
         f"the reference's share of the anchor (default: {published('anchor_alpha')})", None
     )
@@ -103,13 +104,13 @@ class TrainOptions(RowsOptions, ModelOptions):
     )
     rank: int = option("rank r of the LoRA", 8)
     lora_alpha: float = option("α of the LoRA, which adds (α / r) B A x to W x", 16.0)
-    valid: str | None = option(
+    valid: StrPath | None = option(
         "JSONL file of validation rows; OUT/best is the adapter with the lowest NLL on them", None
     )
     hold_back: int | None = option("instead of --valid: set this many rows of the data aside, chosen by the seed", None)
     eval_every: int | None = option("steps between validations (default: an epoch)", None)
     patience: int | None = option("stop after this many validations without a new best", None)
-    adapter: str | None = option("adapter folder to continue from, with a new optimizer (default: a fresh LoRA)", None)
+    adapter: StrPath | None = option("adapter folder to go on from, with a new optimizer (default: a fresh LoRA)", None)
     ema: float | None = option("also keep OUT/ema, the exponential moving average of the adapter with this decay", None)
     epochs: int = option("passes over the data", SCHEDULE.epochs)
     batch_size: int = option("rows per optimizer step", SCHEDULE.batch_size)
@@ -298,7 +299,7 @@ def split_examples(
 
 
 def read_examples(
-    options: TrainOptions, form: Format, data: str, folder: Path, tokenizer: ModelTokenizer
+    options: TrainOptions, form: Format, data: StrPath, folder: Path, tokenizer: ModelTokenizer
 ) -> list[Example]:
     """The tokenised rows of a file; prints how many there are and which were left out."""
     rows = read_rows(data, options.reader())[: options.limit if data == options.data else None]
