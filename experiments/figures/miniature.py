@@ -24,7 +24,14 @@ LFU = {
 """Row -> the sweep that has the published λ, this λ, and where the labels stand: of the chosen and of this λ."""
 NEAR = 2.5
 """Percentage points within which a baseline shares SFT's place in the first figure."""
-PLACES = {"Anchored": (5, -7), "SDFT": (-6, 3), "GEM": (-6, -4), "IM": (-4, -10)}
+PLACES = {
+    "Anchored": (6, 12),
+    "Distillation": (-6, -8),
+    "logits": (-6, 2),
+    "SDFT": (-6, 3),
+    "GEM": (-6, -4),
+    "IM": (-4, -10),
+}
 """Labels that do not stand to the right of their points."""
 EDGE = 22
 """Percentage points at which a difference leaves its panel."""
