@@ -311,7 +311,8 @@ def test_a_run_holds_its_settings_its_log_and_its_adapter(run: Path) -> None:
     published = {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0, "norm": "mean", "layers": [1, 2, 3, 4]}
     assert settings | published | {"rank": 8, "template": "plain", "bos": False} == settings
     assert settings.keys() - {each.name for each in fields(TrainOptions)} == {
-        "model_fingerprint", "data_sha256", "valid_sha256", "adapter_sha256", "tokens", "lfu", "torch"
+        "model_fingerprint", "data_sha256", "valid_sha256", "adapter_sha256", "reference_sha256", "tokens", "lfu",
+        "torch",
     }  # fmt: skip
     log = read_lines(run / "log.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]

@@ -39,8 +39,8 @@ def test_choices_are_made_on_validation_splits_and_seeds_of_their_own() -> None:
 
 
 def test_the_main_table_has_ten_seeds_and_the_others_three() -> None:
-    seeds = Counter((spec.data, spec.method) for spec in plan.main_table(CHOICES, plan.ALL_SEEDS))
-    assert all(count >= 10 for (_, method), count in seeds.items() if method != "base")
+    seeds = Counter((spec.data, spec.method, spec.hyper) for spec in plan.main_table(CHOICES, plan.ALL_SEEDS))
+    assert all(count >= 10 for (_, method, _), count in seeds.items() if method != "base")
     assert len(seeds) == 1 + len(plan.DATAS) * len(plan.TRIALS)
     for groups in [*plan.sweeps(CHOICES).values(), *plan.epochs(CHOICES).values(), *plan.causes(CHOICES).values()]:
         assert {len({spec.seed for spec in specs}) for specs in groups.values()} == {3}
@@ -103,6 +103,7 @@ def test_tables_are_made_from_any_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             "last_gradient_norm": 0.1,
             "moved": 3.0,
             "steps": 60,
+            "valid": [[0, 2.0], [30, 1.0], [60, 1.5]],
         }
         rest = {
             "prompts": [shade] * 5,
@@ -132,10 +133,28 @@ def test_what_is_kept_is_compared_at_the_same_task_score() -> None:
     assert tables.gap(look_up, CHOICES, spec) == (pytest.approx(0.8 - 0.7), True)
 
 
+def test_the_best_step_is_where_the_validation_rows_say() -> None:
+    """And a run that has a reference is the student's alone: it starts from the base."""
+    spec = replace(SHORT, learning_rate=3e-2, epochs=3, stopped=True)
+    here = mini.world("float32")
+    examples = [mini.encode_row(here.tokenizer, mini.Format("question"), row) for row in mini.rows_of("math", "train")]
+    task, told = mini.fine_tuned(here, spec, examples)
+    steps, values = zip(*told["valid"])
+    assert steps == (0, 6, 12, 18)
+    assert mini.valid_nll(here, task, spec) == pytest.approx(min(values), rel=1e-6)
+    whole, _ = mini.fine_tuned(here, replace(spec, stopped=False), examples)
+    assert mini.valid_nll(here, whole, spec) == pytest.approx(values[-1], rel=1e-6)
+
+
+def test_a_reference_is_the_run_that_the_main_table_has() -> None:
+    stored = plan.choices_from(json.loads(STORED.read_text()))
+    assert (stored["SFT"], stored["LfU (LoRA)"]) == (plan.BY_SFT, plan.BY_LFU)
+
+
 def test_a_page_of_runs_that_were_not_made_says_so(tmp_path: Path) -> None:
     (tmp_path / "choices.json").write_text(json.dumps(CHOICES))
     data = report.gather(tmp_path)
-    assert report.page(data).count("Not run yet.") == 14
+    assert report.page(data).count("Not run yet.") == 16
     assert not (tmp_path / "runs").exists()
 
 
