@@ -158,6 +158,14 @@ def test_a_snapshot_is_a_copy_by_name() -> None:
     assert torch.equal(flat(to_lora(unordered, task)), before)
 
 
+@pytest.mark.parametrize("space", ["logits", "probabilities"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_an_anchor_of_two_models_that_are_very_sure_is_finite(alpha: float, space: str) -> None:
+    """Where a probability is 0 in float32, its logarithm is not asked for."""
+    near, far = torch.tensor([[0.0, 300.0, -300.0]]), torch.tensor([[0.0, -300.0, 300.0]])
+    assert log_anchor(near, far, alpha, space).isfinite().all()
+
+
 def test_nothing_of_the_anchor_is_differentiated() -> None:
     given = case()
     task = oracle.requiring_gradients(given.task)

@@ -50,8 +50,9 @@ def anchored(
     anchor = log_anchor(near, far, anchor_alpha, space)  # [n,V]
 
     def loss(hidden: list[Tensor], logits: Tensor, sft: Tensor) -> tuple[Tensor, Metrics]:
-        divergence = F.kl_div(F.log_softmax(logits, dim=-1), anchor, reduction="none", log_target=True)
-        return (mean := divergence.sum(dim=-1).mean()), {"divergence": mean}
+        terms = F.kl_div(F.log_softmax(logits, dim=-1), anchor, reduction="none", log_target=True)
+        divergence = terms.sum(dim=-1).mean()
+        return divergence, {"divergence": divergence}
 
     return loss_gradient(config, base, task, batch, loss, **options)
 
@@ -67,7 +68,8 @@ def log_anchor(near: Tensor, far: Tensor, alpha: float, space: str) -> Tensor:  
     """Log-probabilities between those of two models, of which `far` has the share α."""
     if space == "logits":
         return F.log_softmax(torch.lerp(near, far, alpha), dim=-1)
-    return torch.lerp(F.softmax(near, dim=-1), F.softmax(far, dim=-1), alpha).log()
+    shares = near.new_tensor([1 - alpha, alpha]).log()
+    return torch.logaddexp(F.log_softmax(near, dim=-1) + shares[0], F.log_softmax(far, dim=-1) + shares[1])
 
 
 def require_anchor(anchor_alpha: float, space: str, stages: int) -> None:

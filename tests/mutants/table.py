@@ -1026,8 +1026,8 @@ BASELINES = [
             "log_anchor(logits, far, anchor_alpha, space), reduction",
             checks.ANCHORED,
         ),
-        ("the other sign", "divergence.sum(dim=-1).mean()", "-divergence.sum(dim=-1).mean()", checks.ANCHORED),
-        ("cross-entropy beside it", "return (mean :=", "return sft + (mean :=", checks.ANCHORED),
+        ("the other sign", "terms.sum(dim=-1).mean()", "-terms.sum(dim=-1).mean()", checks.ANCHORED),
+        ("cross-entropy beside it", "return divergence, {", "return sft + divergence, {", checks.ANCHORED),
         ("no snapshot: an anchor at every step", "if snapshot else task", "if not snapshot else task", checks.ANCHORED),
         (
             "the student's scale for the reference",
@@ -1050,8 +1050,8 @@ BASELINES = [
         ),
         (
             "shares of probabilities exchanged",
-            "F.softmax(near, dim=-1), F.softmax(far, dim=-1), alpha",
-            "F.softmax(far, dim=-1), F.softmax(near, dim=-1), alpha",
+            "[1 - alpha, alpha]",
+            "[alpha, 1 - alpha]",
             checks.anchored("probabilities"),
         ),
         ("probabilities for logits", 'if space == "logits":', 'if space != "logits":', checks.ANCHORED),
