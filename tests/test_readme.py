@@ -1,4 +1,4 @@
-"""What the README and docs/cli.md tell a reader to type works, and the box of minutes and GiB follows from its source."""
+"""What the README and docs/cli.md tell a reader to type works, and the minutes and GiB follow from their source."""
 
 import ast
 import json
