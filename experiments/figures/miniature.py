@@ -203,22 +203,31 @@ def draw_difference(panel: Axes, place: int, row: str, m: Measured) -> None:
 
 AT = {"NEFTune": 9, "GEM": 5, "IM": 8, "LfU (LoRA)": 20, "LfU (RepS)": 20}
 """Steps at which curves have their labels; the others where half of the prompts are not refused, or at the last."""
+DASHES: dict[str, Any] = {
+    "NEFTune": "--",
+    "GEM": "-.",
+    "IM": (0, (6, 1, 1, 1, 1, 1)),
+    "SDFT": (0, (9, 3)),
+    "Anchored": "-",
+    "Distillation": (0, (2, 2)),
+}
+"""By which the baselines' grey curves are told apart."""
 
 
 def attack() -> Figure:
     """Success by steps of harmful fine-tuning; the seeds' range where there is room for it."""
     figure, panel = card("LfU holds out longer than SFT; SFT with smaller steps holds out longest", 4.8)
-    gentle = f"SFT at {plan.GENTLER_RATES[0]:g}"
+    gentle = dict(zip((f"SFT at {rate:g}" for rate in plan.GENTLER_RATES), (":", "--")))
     for row, specs in plan.attacks(runs().choices).items():
         by_seed = [[100 * share for share in runs().look_up(spec)["attack"]["success"]] for spec in specs]
         by_step = list(zip(*by_seed))
         means, steps = list(map(mean, by_step)), range(len(by_step))
-        if row in (*METHODS, gentle):
-            style = {"color": SFT, "linestyle": ":"} if row == gentle else style_of(row)
+        if row in (*METHODS, *gentle):
+            style = {"color": SFT, "linestyle": gentle[row]} if row in gentle else style_of(row)
             panel.plot(steps, means, **style | {"markersize": 4})
             band(panel, steps, map(min, by_step), map(max, by_step), style["color"])
         else:
-            panel.plot(steps, means, color=BASELINE, linewidth=1)
+            panel.plot(steps, means, color=BASELINE, linewidth=1.4, linestyle=DASHES[row])
         at = AT.get(row, next((step for step in steps if means[step] > 50), steps[-1]))
         label(panel, row, (at, means[at]), (6, 0) if at == steps[-1] else (-6, 4), color=panel.lines[-1].get_color())
     panel.set_xticks(range(0, 21, 5))

@@ -35,7 +35,7 @@ STEP = Box(77, 20, 23, "step of θ", "∇ SFT + λ · ∇ consistency\n(Eq. 6)",
 
 def schematic() -> Figure:
     """θ and a no-op, the ascent step, h and h′, and the pull."""
-    figure, board = card("LfU: a no-op learns to be wrong; θ learns to keep its states all the same", 4.6)
+    figure, board = card("LfU: the auxiliary part steps uphill; θ learns to undo its effect on the states", 4.6)
     board.set(xlim=(-1, 101), ylim=(-2, 56))
     board.axis("off")
     for box in (MODEL, AUX, CLEAN, SFT_LOSS, AGAIN, UNDESIRABLE, PERTURBED, CONSISTENCY, STEP):

@@ -39,7 +39,7 @@ def overfitting() -> Figure:
     panel.set_xticks(range(8, 41, 8))
     panel.set_xlabel("optimizer step")
     panel.set_ylabel("test NLL, nats per answer token")
-    panel.set_title("SmolLM2-135M-Instruct on 32 rows of GSM8K, published λ; mean and range of three seeds")
+    panel.set_title("SmolLM2-135M, 32 rows of GSM8K, published λ; first 100 test rows; mean and range of three seeds")
     return figure
 
 
@@ -67,7 +67,7 @@ def nll_against_drift() -> Figure:
     panel.set_ylim(bottom=0.91)
     panel.set_xlabel("drift: KL(base ‖ tuned) on other prompts, nats per token")
     panel.set_ylabel("test NLL, nats per answer token")
-    panel.set_title("SmolLM2-135M-Instruct, 32 rows of GSM8K; one run of SFT, the others after step 40 (bars: seeds)")
+    panel.set_title("SmolLM2-135M, 32 rows of GSM8K; first 100 test rows; one run of SFT; others: step 40, bars: seeds")
     return figure
 
 
