@@ -47,8 +47,8 @@ PICTURE = re.compile(r'(<img\b[^>]*\bsrc="(?!\w+:)([^"]+)"[^>]*>)')
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Without 404.html and sitemap.xml, which are for a server and know its address."""
-    config.theme.static_templates.clear()
+    """Without 404.html, whose links need a server."""
+    config.theme.static_templates.discard("404.html")
     return config
 
 
