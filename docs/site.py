@@ -26,10 +26,30 @@ README, NOTEBOOK = "README.md", "docs/walkthrough.ipynb"
 MOVED = {README: "index.md", NOTEBOOK: "walkthrough.md"}
 FIRST = ("index.md", "walkthrough.md", "results.md", "paper-and-code.md", "reproduce.md")
 """What leads the list of pages; the others follow by name, the tables last."""
+SHORT = {
+    "walkthrough.md": "The lesson",
+    "paper-and-code.md": "Paper and code",
+    "reproduce.md": "Reproduce",
+    "cli.md": "Command and Python",
+    "limits.md": "Limits",
+    "open-questions.md": "Open questions",
+    "performance-details.md": "Performance details",
+    "tables/gpu.md": "One run on a GPU",
+    "tables/miniature.md": "Miniature",
+    "tables/precision.md": "Precision",
+    "tables/smollm2.md": "SmolLM2",
+}
+"""Pages whose own titles are too long for the list."""
 LINK = re.compile(r'(\]\(|\bsrc=")(?!\w+:)([^)"#\s]*)(#[^)"\s]*)?')
 """What stands before a relative target in Markdown or HTML, the file, the anchor."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 PICTURE = re.compile(r'(<img\b[^>]*\bsrc="(?!\w+:)([^"]+)"[^>]*>)')
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Without 404.html, whose links need a server."""
+    config.theme.static_templates.discard("404.html")
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -48,10 +68,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def navigation(pages: list[str]) -> list[Any]:
-    """The list of pages beside each page, under the titles that they have."""
+    """The list of pages beside each page, under short titles."""
     tables = sorted(page for page in pages if page.startswith("tables/"))
     others = sorted({*pages} - {*FIRST, *tables}, key=lambda page: page.removesuffix(".md"))
-    return [*FIRST, *others] + ([{"Tables": tables}] if tables else [])
+    return [*map(titled, [*FIRST, *others])] + ([{"Tables": [*map(titled, tables)]}] if tables else [])
+
+
+def titled(page: str) -> str | dict[str, str]:
+    return {SHORT[page]: page} if page in SHORT else page
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
@@ -61,23 +85,27 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Formulas as MathML; each picture leads to itself, to be enlarged on a phone."""
+    """Formulas as MathML; formulas and pictures in boxes that scroll; each picture leads to itself, to be enlarged."""
     html = FORMULA.sub(lambda found: mathml(found[2], "inline" if found[1] == "span" else "block"), html)
-    return PICTURE.sub(r'<a href="\2">\1</a>', html)
+    return PICTURE.sub(r'<a class="picture" href="\2" title="Enlarge">\1</a>', html)
 
 
 def mathml(formula: str, display: str) -> str:
-    return convert(unescape(formula).replace("{aligned}", "{align*}"), display=display)
+    math = convert(unescape(formula).replace("{aligned}", "{align*}"), display=display)
+    return math if display == "inline" else f'<div class="formula">{math}</div>'
 
 
 # --- pages ----------------------------------------------------------------------------------------
 
 
 def notebook() -> Iterator[tuple[str, str | bytes]]:
-    """The notebook as a page with its stored outputs, and its pictures."""
+    """The notebook as a page with its stored outputs, and its pictures; what stands for each, nbconvert leaves out."""
+    lesson = nbformat.read(ROOT / NOTEBOOK, as_version=4)
     names = {"unique_key": "walkthrough", "output_files_dir": "walkthrough"}
-    page, found = MarkdownExporter().from_notebook_node(nbformat.read(ROOT / NOTEBOOK, as_version=4), names)
-    yield place(NOTEBOOK), page
+    page, found = MarkdownExporter().from_notebook_node(lesson, names)
+    outputs = (output for cell in lesson.cells for output in cell.get("outputs", []))
+    instead = (output.metadata["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {}))
+    yield place(NOTEBOOK), re.sub(r"(?<=!\[)png(?=\])", lambda _: next(instead), page)
     yield from found["outputs"].items()
 
 

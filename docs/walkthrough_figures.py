@@ -223,29 +223,30 @@ def small_steps(
 # --- Section 7: whole runs ------------------------------------------------------------------------
 
 LOOKS = {
-    "SFT": (SFT, True, (9, -13)),
-    "SFT at 3e-3": (SFT, False, (10, 4)),
-    "LfU (LoRA), λ 0.5": (LFU_LORA, True, (0, 13)),
-    "LfU (LoRA), λ 5": (LFU_LORA, False, (-10, -4)),
-    "LfU (RepS), λ 0.1": (LFU_REPS, True, (10, -2)),
+    "SFT": (SFT, "o", True, (9, -13)),
+    "SFT at 3e-3": (SFT, "o", False, (10, 4)),
+    "LfU (LoRA), λ 0.5": (LFU_LORA, "s", True, (0, 13)),
+    "LfU (LoRA), λ 5": (LFU_LORA, "s", False, (-10, -4)),
+    "LfU (RepS), λ 0.1": (LFU_REPS, "^", True, (10, -2)),
 }
-"""Row of the plan -> its colour, whether its marks are filled, and where its label stands."""
+"""Row of the plan -> its colour, its mark, whether that is filled, and where its label stands."""
 
 
 def kept_against_learned(
     title: str, histories: Mapping[str, Sequence[Sequence[float]]],
     points: Mapping[str, Sequence[tuple[float, float]]], base: tuple[float, float],
 ) -> None:  # fmt: skip
-    """Left the validation loss by epoch, right (the task, mean of the rest): dots are runs, discs their means."""
+    """Left the validation loss by epoch, right (the task, mean of the rest): dots are runs, large marks their means."""
     _, (left, right) = panels(title, 2, 4.2, width_ratios=[1, 1.25])
-    for name, (color, filled, offset) in LOOKS.items():
-        for history in histories[name]:
-            left.semilogy(range(len(history)), history, "-" if filled else "--", color=color, lw=1.2)
-        mean = np.mean(points[name], axis=0)
+    for name, (color, mark, filled, offset) in LOOKS.items():
         face = color if filled else PAPER
+        line = {"color": color, "ls": "-" if filled else "--", "marker": mark, "mfc": face, "ms": 4, "lw": 1.2}
+        for history in histories[name]:
+            left.semilogy(range(len(history)), history, **line)
+        left.plot([], [], **line, label=name)
+        mean = np.mean(points[name], axis=0)
         right.plot(*zip(*points[name]), ".", color=color, ms=5, alpha=0.7)
-        right.plot(*mean, "o", color=color, mfc=face, ms=11, mew=2)
-        left.plot([], [], "-" if filled else "--", color=color, label=name)
+        right.plot(*mean, mark, color=color, mfc=face, ms=11, mew=2)
         label(right, name, mean[0], mean[1], color, offset, ha="right" if offset[0] < 0 else "left")
     right.plot(*zip(*(np.mean(points[name], axis=0) for name in ("SFT", "SFT at 3e-3"))), color=SFT, lw=1, zorder=1)
     right.plot(*base, "D", color=INK, ms=7)

@@ -67,6 +67,8 @@ def test_it_is_stored_with_its_outputs() -> None:
     assert {output["output_type"] for output in outputs} <= {"stream", "display_data"}
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert all(cell["outputs"] for cell in CELLS if "figures." in "".join(cell["source"]) and "outputs" in cell)
+    titles = [output["metadata"]["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})]
+    assert all(titles) and not [title for title in titles if set("[]\n") & set(title)]  # docs/site.py: ![title](file)
 
 
 def test_every_figure_has_its_caption_after_it_and_every_experiment_a_question_before_it() -> None:
