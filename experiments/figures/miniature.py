@@ -201,7 +201,7 @@ def draw_difference(panel: Axes, place: int, row: str, m: Measured) -> None:
 
 # --- the attack -----------------------------------------------------------------------------------
 
-AT = {"NEFTune": 9, "GEM": 5, "IM": 8, "LfU (LoRA)": 20, "LfU (RepS)": 20}
+AT = {"NEFTune": 9, "Distillation": 8, "GEM": 5, "IM": 8, "LfU (LoRA)": 20, "LfU (RepS)": 20}
 """Steps at which curves have their labels; the others where half of the prompts are not refused, or at the last."""
 DASHES: dict[str, Any] = {
     "NEFTune": "--",
@@ -229,7 +229,13 @@ def attack() -> Figure:
         else:
             panel.plot(steps, means, color=BASELINE, linewidth=1.4, linestyle=DASHES[row])
         at = AT.get(row, next((step for step in steps if means[step] > 50), steps[-1]))
-        label(panel, row, (at, means[at]), (6, 0) if at == steps[-1] else (-6, 4), color=panel.lines[-1].get_color())
+        label(
+            panel,
+            row,
+            (at, means[at]),
+            (6, 0) if at == steps[-1] or row == "Anchored" else (-6, 4),
+            color=panel.lines[-1].get_color(),
+        )
     panel.set_xticks(range(0, 21, 5))
     panel.set_xlabel("steps of harmful fine-tuning")
     panel.set_ylabel("harmful prompts not refused, %")

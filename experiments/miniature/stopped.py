@@ -21,9 +21,12 @@ def stopped_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
         groups, title = plan.stopped(choices, data), f"Best step on {data}"
         rows = [[row, *best_steps(look_up, specs), *tables.averages(look_up, specs)] for row, specs in groups.items()]
         parts += [f"### {title}", markdown(["method", "best step, of 60", *tables.COLUMNS], rows)]
-        parts += tables.less_sft(title, tables.difference_table(look_up, groups, groups["SFT"]))
+        slow = {row: groups.pop(row) for row in plan.TRIALS}
+        parts += tables.less_sft(title, tables.difference_table(look_up, slow, slow["SFT"]))
+        if fast := groups.get(f"SFT at {max(plan.TWO_RATES):g}"):
+            parts += tables.less_sft("Best step at 0.01", tables.difference_table(look_up, groups, fast))
         whole = {row: [tables.main_spec(choices, data, row, seed) for seed in plan.ALL_SEEDS] for row in plan.TRIALS}
-        rows = [[row, *tables.differences(look_up, groups[row], whole[row])] for row in whole]
+        rows = [[row, *tables.differences(look_up, slow[row], whole[row])] for row in whole]
         parts += [f"### {title}, less its own last step", markdown(["method", *tables.COLUMNS], rows)]
     return "\n\n".join(parts)
 
@@ -61,8 +64,9 @@ def anchored_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
     pairs = {row: specs for row, specs in groups.items() if len(specs) == len(plan.ALL_SEEDS)}
     parts = [markdown([*head, "kept beyond SFT of the same task score"], rows)]
     parts += tables.less_sft("Anchored Learning", tables.difference_table(look_up, pairs, groups["SFT"]))
-    table = tables.difference_table(look_up, {"Anchored": groups["Anchored"]}, groups["Distillation"])
-    return "\n\n".join([*parts, "### Anchored Learning, less distillation", table])
+    for row, against in (("Anchored", "Distillation"), ("Anchored, from LfU (LoRA)", "Anchored")):
+        parts += [f"### {row}, less {against}", tables.difference_table(look_up, {row: groups[row]}, groups[against])]
+    return "\n\n".join(parts)
 
 
 def whole(choices: plan.Choices, row: str) -> list[Spec]:
