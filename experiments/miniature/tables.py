@@ -363,7 +363,8 @@ def column_mean(look_up: plan.LookUp, trial: Trial, name: str) -> float:
 def settings(trial: Trial) -> list[str]:
     """Learning rate, method and hyper-parameters, as cells."""
     method, rate, hyper = trial
-    return [f"{rate:g}", ", ".join([method, *(f"{name} {value}" for name, value in hyper)])]
+    shown = {name: "{} at {:g}".format(*value) if name == "reference" else value for name, value in hyper}
+    return [f"{rate:g}", ", ".join([method, *(f"{name} {value}" for name, value in shown.items())])]
 
 
 def squares_table(look_up: plan.LookUp) -> str:
