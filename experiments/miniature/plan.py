@@ -260,10 +260,14 @@ def anchors(choices: Choices) -> dict[str, list[Spec]]:
     }
 
 
+STOPPED: dict[str, tuple[str, ...]] = {"math": tuple(TRIALS), "mixed": ("SFT", "LfU (LoRA)", "LfU (RepS)", "Anchored")}
+"""What is run again, to be stopped at its best epoch."""
+
+
 def stopped(choices: Choices, data: str) -> dict[str, list[Spec]]:
     """The main table with every run at its best epoch by validation rows; on `math` at the faster rate too."""
     groups: dict[str, list[Spec]] = {
-        row: [tested(choices, data, row, seed, stopped=True) for seed in ALL_SEEDS] for row in TRIALS
+        row: [tested(choices, data, row, seed, stopped=True) for seed in ALL_SEEDS] for row in STOPPED[data]
     }
     fast = max(TWO_RATES)
     for row in ("SFT", "LfU (LoRA)", "LfU (RepS)") if data == "math" else ():
