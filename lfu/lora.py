@@ -95,7 +95,7 @@ def merge(params: Params, adapter: Adapter) -> Params:
 
 
 def save(folder: str | Path, adapter: Adapter, *, base: str | Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into a folder, which is made if it is not there.
+    """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
     `base` is what a reader should load below the adapter: an absolute path or a hub id. InputError for an adapter whose
     blocks have different ranks or layers, for which that folder has no form, or whose values are not finite.
@@ -106,7 +106,6 @@ def save(folder: str | Path, adapter: Adapter, *, base: str | Path) -> None:
         raise InputError(
             f"{folder}: a PEFT folder has one rank and one set of layers for all blocks; this adapter has more."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", to_peft_tensors(lora))
     write_json(
         folder / "adapter_config.json",

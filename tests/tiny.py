@@ -107,6 +107,7 @@ def needs_folder(method: str, config: Config, folder: Path) -> dict[str, Any]:
     """The same as an option of `lfu train`: the adapter is written to `folder`."""
     given = {name: (folder / name, adapter) for name, adapter in needs(method, config, torch.float32).items()}
     for path, adapter in given.values():
+        path.mkdir()
         save(path, adapter, base="")
     return {name: str(path) for name, (path, _) in given.items()}
 
