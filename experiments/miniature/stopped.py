@@ -25,9 +25,6 @@ def stopped_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
         parts += tables.less_sft(title, tables.difference_table(look_up, slow, slow["SFT"]))
         if fast := groups.get(f"SFT at {max(plan.TWO_RATES):g}"):
             parts += tables.less_sft("Best step at 0.01", tables.difference_table(look_up, groups, fast))
-        whole = {row: [tables.main_spec(choices, data, row, seed) for seed in plan.ALL_SEEDS] for row in slow}
-        rows = [[row, *tables.differences(look_up, slow[row], whole[row])] for row in whole]
-        parts += [f"### {title}, less its own last step", markdown(["method", *tables.COLUMNS], rows)]
     return "\n\n".join(parts)
 
 
