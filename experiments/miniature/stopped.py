@@ -19,8 +19,11 @@ def stopped_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
     parts = []
     for data in plan.DATAS:
         groups, title = plan.stopped(choices, data), f"Best step on {data}"
-        rows = [[row, *best_steps(look_up, specs), *tables.averages(look_up, specs)] for row, specs in groups.items()]
-        parts += [f"### {title}", markdown(["method", "best step, of 60", *tables.COLUMNS], rows)]
+        rows = [
+            [row, best_steps(look_up, specs), *tables.averages(look_up, specs), task_nll(look_up, specs)]
+            for row, specs in groups.items()
+        ]
+        parts += [f"### {title}", markdown(["method", "best step", *tables.COLUMNS, "test NLL"], rows)]
         slow = {row: groups.pop(row) for row in plan.STOPPED[data]}
         parts += tables.less_sft(title, tables.difference_table(look_up, slow, slow["SFT"]))
         if fast := groups.get(f"SFT at {max(plan.TWO_RATES):g}"):
@@ -28,10 +31,15 @@ def stopped_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
     return "\n\n".join(parts)
 
 
-def best_steps(look_up: plan.LookUp, specs: Sequence[Spec]) -> list[str]:
+def best_steps(look_up: plan.LookUp, specs: Sequence[Spec]) -> str:
     """The mean over the runs, with the least and the greatest."""
     steps = [best(look_up(spec)["training"]["valid"])[0] for spec in specs]
-    return [f"{sum(steps) / len(steps):.0f} ({min(steps)} to {max(steps)})"]
+    return f"{sum(steps) / len(steps):.0f} ({min(steps)} to {max(steps)})"
+
+
+def task_nll(look_up: plan.LookUp, specs: Sequence[Spec]) -> str:
+    """Of the task's test answers, in nats per token."""
+    return f"{mean([look_up(spec)['scores']['nll'] for spec in specs]).value:.3f}"
 
 
 PASSES = {
@@ -55,8 +63,7 @@ def anchored_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
     for row, (forward, backward) in PASSES.items():
         gaps = [tables.gap(look_up, choices, spec)[0] for spec in groups[row]] if row != "SFT" else []
         own: list[Any] = [row, len(groups[row]), f"{forward}, {backward}", *tables.averages(look_up, groups[row])]
-        nll = mean([look_up(spec)["scores"]["nll"] for spec in groups[row]])
-        rows.append([*map(str, own), f"{nll.value:.3f}", interval(gaps) if gaps else ""])
+        rows.append([*map(str, own), task_nll(look_up, groups[row]), interval(gaps) if gaps else ""])
     head = ["method", "seeds", "forward, backward passes", *tables.COLUMNS, "test NLL"]
     pairs = {row: specs for row, specs in groups.items() if len(specs) == len(plan.ALL_SEEDS)}
     parts = [markdown([*head, "kept beyond SFT of the same task score"], rows)]
