@@ -21,6 +21,7 @@ is offline. An aside; the next one is `released.py`.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +47,8 @@ def anchored(
 ) -> tuple[Lora, Metrics]:  # fmt: skip
     """Anchored Learning: KL(anchor ‖ p_θ), the anchor between a snapshot and an SFT adapter; no labels."""
     start = to_lora(snapshot, task) if snapshot else task, options["scale"]
-    near, far = (answer_logits(config, base, batch, adapter) for adapter in (start, reference))
-    anchor = log_anchor(near, far, anchor_alpha, space)  # [n,V]
+    predict = partial(answer_logits, config, base, batch)
+    anchor = log_anchor(predict(start), predict(reference), anchor_alpha, space)  # [n,V]
 
     def loss(hidden: list[Tensor], logits: Tensor, sft: Tensor) -> tuple[Tensor, Metrics]:
         terms = F.kl_div(F.log_softmax(logits, dim=-1), anchor, reduction="none", log_target=True)

@@ -1023,7 +1023,7 @@ BASELINES = [
         (
             "the anchor carries a gradient",
             "anchor, reduction",
-            "log_anchor(logits, far, anchor_alpha, space), reduction",
+            "log_anchor(logits, predict(reference), anchor_alpha, space), reduction",
             checks.ANCHORED,
         ),
         ("the other sign", "terms.sum(dim=-1).mean()", "-terms.sum(dim=-1).mean()", checks.ANCHORED),
@@ -1031,8 +1031,8 @@ BASELINES = [
         ("no snapshot: an anchor at every step", "if snapshot else task", "if not snapshot else task", checks.ANCHORED),
         (
             "the student's scale for the reference",
-            "(start, reference))",
-            "(start, (reference[0], start[1])))",
+            "predict(reference)",
+            "predict((reference[0], start[1]))",
             checks.ANCHORED,
         ),
     ),
