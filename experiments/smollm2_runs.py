@@ -171,9 +171,8 @@ def run_one(paths: Paths, world: World, name: str) -> None:
     """All scores of one run, or of the base model."""
     folder = paths.out / name
     adapters = fine_tuned(paths, world, name)
-    match = name == "base" or not options_of(paths, name).valid
     score_once(folder / "held.json", partial(nll_scores, world, adapters, world.held))
-    score_once(folder / "scores.json", partial(scores, world, adapters, match=match))
+    score_once(folder / "scores.json", partial(scores, world, adapters, match=not (folder / "best").is_dir()))
     score_once(folder / "prompts.json", partial(prompt_scores, world, adapters))
     if name == "base":
         kept(folder / "squares.json", partial(squares, world))

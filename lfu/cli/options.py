@@ -170,11 +170,7 @@ def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
         said = adapter_format(Path(options.adapter), folder) or said
         recorded = recorded_tokens(Path(options.adapter))
     stored = said or Format()
-    form = stored._replace(
-        template=stored.template if options.template is None else options.template,
-        bos=stored.bos if options.bos is None else options.bos,
-    )
-    form = form._replace(system=chosen_system(form.template, options.system, stored.system))
+    form = ask_as(stored, options.template, options.bos, options.system)
     bos = wanted_bos(options.bos, stored, recorded)
     tokenizer = load_tokenizer(folder, config.vocab_size, bos, stored.template)
     if options.adapter is not None:
@@ -182,6 +178,13 @@ def load_prompt_setup(options: InferenceOptions) -> PromptSetup:
     if CHAT in (form.template, stored.template) and form.template != stored.template:
         tokenizer = load_tokenizer(folder, config.vocab_size, bos, form.template)
     return PromptSetup(folder, config, tokenizer, form, longest_context(folder), said)
+
+
+def ask_as(stored: Format, template: str | None, bos: bool | None, system: str | None) -> Format:
+    """A stored format with what is given in its place; None leaves what is stored."""
+    template = stored.template if template is None else template
+    bos = stored.bos if bos is None else bos
+    return stored._replace(template=template, bos=bos, system=chosen_system(template, system, stored.system))
 
 
 def note_template(model: StrPath, folder: Path, said: Format | None, template: str) -> None:

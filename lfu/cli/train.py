@@ -23,11 +23,11 @@ from lfu.cli.options import (
     RowsOptions,
     StrPath,
     adapter_format,
+    ask_as,
     block_numbers,
     check_writable,
     choose_device,
     choose_dtype,
-    chosen_system,
     format_flags,
     note_template,
     option,
@@ -233,9 +233,7 @@ def choose_format(options: TrainOptions, folder: Path) -> Format:
     said = read_format(folder / "lfu_config.json")
     begun = read_format(Path(options.out) / "settings.json") if options.resume else None
     stored = begun or said or Format()
-    template = stored.template if options.template is None else options.template
-    bos = stored.bos if options.bos is None else options.bos
-    form = Format(template, bos, options.loss_on, chosen_system(template, options.system, stored.system))
+    form = ask_as(stored, options.template, options.bos, options.system)._replace(loss_on=options.loss_on)
     if form.template == CHAT and form.loss_on != "answer":
         raise InputError("In the template chat loss is on the answers: leave out --loss-on.")
     note_template(options.model, folder, said, form.template)
