@@ -65,6 +65,8 @@ LABELS = {
     "anchored": "Anchored, best step",
     "anchored_stopped": "Anchored to SFT's best step, best step",
     "distilled": "distillation from SFT, best step",
+    "sft_twice": "SFT, twice the steps, best step",
+    "anchored_long": "Anchored, five times the steps, best step",
     "neftune": "NEFTune",
     "gem": "GEM",
     "im": "IM",
@@ -79,6 +81,7 @@ def main() -> None:
     for name in ("model", "gsm8k", "wikitext"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--only", nargs="+", choices=["base", *RUNS])
     parser.add_argument("--json", type=Path, help="of gather: the file to put the numbers into")
     parsed = parser.parse_args()
@@ -89,7 +92,7 @@ def main() -> None:
     elif None in (parsed.model, parsed.gsm8k, parsed.wikitext):
         parser.error("run needs --model, --gsm8k and --wikitext")
     else:
-        run_all(Paths(parsed.model, parsed.gsm8k, parsed.wikitext, parsed.out), parsed.only)
+        run_all(Paths(parsed.model, parsed.gsm8k, parsed.wikitext, parsed.out, parsed.device), parsed.only)
 
 
 # --- from run folders to data ----------------------------------------------------------------------

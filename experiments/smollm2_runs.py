@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from experiments.miniature.mini import state_squares
 from lfu import cli, model
 from lfu.checkpoints import checkpoints
+from lfu.cli.options import choose_device
 from lfu.data.batches import Example, collate
 from lfu.data.rows import Row, read_rows
 from lfu.data.tokens import TEMPLATES, Format, ModelTokenizer, encode_row, load_tokenizer, prompt_ids, token_ids
@@ -36,10 +37,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora500": {"method": "lfu-lora", "alpha": 0.001, "lam": 500.0},
     "reps": {"method": "lfu-reps", "alpha": 0.1, "lam": 0.1},
     "sft_stopped": {"method": "sft", "valid": True},  # at the step that is best on rows held back: OUT/best
+    "sft_twice": {"method": "sft", "valid": True, "times": 2},  # as many gradients as LfU, or Anchored after SFT
     "lora_stopped": {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0, "valid": True},
     "lora0.5_stopped": {"method": "lfu-lora", "alpha": 0.1, "lam": 0.5, "valid": True},
     "reps10_stopped": {"method": "lfu-reps", "alpha": 0.1, "lam": 10.0, "valid": True},
-    # Anchored Learning in as many steps: five stages that share the epochs; towards SFT's last or best adapter.
+    # Anchored Learning in as many steps: up to five stages that share the epochs; towards SFT's last or best adapter.
     "anchored": {"method": "anchored", "reference": "sft_stopped/adapter", "valid": True},
     "anchored_stopped": {"method": "anchored", "reference": "sft_stopped/best", "valid": True},
     "distilled": {
@@ -49,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "reference": "sft_stopped/adapter",
         "valid": True,
     },
+    "anchored_long": {"method": "anchored", "reference": "sft_stopped/adapter", "valid": True, "times": 5},
     "neftune": {"method": "neftune"},
     "gem": {"method": "gem-logsigmoid"},
     "im": {"method": "sft", "loss_on": "instruction+answer"},
@@ -82,6 +85,8 @@ STOPPED = (
     "distilled",
     "lora0.5_stopped",
     "reps10_stopped",
+    "sft_twice",
+    "anchored_long",
 )
 SEEDS = (42, 43, 44)
 RUNS = [
@@ -95,7 +100,7 @@ RUNS = [
         (42, ("full",), (*BASELINES, "reps10", "lora0.5", "relative50")),
         (43, ("small",), ("reps10",)),
         (44, ("small",), ("reps10",)),
-        (42, ("small",), STOPPED),
+        *((seed, ("small", "full"), STOPPED) for seed in (42, 43, 44)),
     )
     for regime, name in product(regimes, names)
 ]
@@ -148,6 +153,7 @@ class Paths:
     gsm8k: Path
     wikitext: Path
     out: Path
+    device: str | None = None  # as `lfu train --device`
 
 
 # --- running ---------------------------------------------------------------------------------------
@@ -185,16 +191,21 @@ def fine_tuned(paths: Paths, world: World, name: str) -> list[Adapter]:
     options = options_of(paths, name)
     last = cli.train(options)
     if options.valid is not None:
-        return [load_adapter(last.parent / "best", world.config)]
+        return [adapter_of(world, last.parent / "best")]
     for step in checkpoints(paths.out / name):
         score_checkpoint(world, step, "nll", partial(nll_scores, rows=world.test[:CURVE_ROWS]))
-    return [load_adapter(last, world.config)]
+    return [adapter_of(world, last)]
+
+
+def adapter_of(world: World, folder: Path) -> Adapter:
+    """Where the model is."""
+    return load_adapter(folder, world.config, device=world.base.embed.device)
 
 
 def score_checkpoint(world: World, step: Path, name: str, measure: Measure) -> float:
     """One score of a checkpoint, kept in the run's folder."""
     path = step.parent.parent / f"{name}-{step.name}.json"
-    return mean_of(score_once(path, lambda: measure(world, [load_adapter(step, world.config)])))
+    return mean_of(score_once(path, lambda: measure(world, [adapter_of(world, step)])))
 
 
 def mean_of(scores: Scores) -> float:
@@ -207,17 +218,20 @@ def options_of(paths: Paths, name: str) -> cli.TrainOptions:
     """The options of a run named regime-setting-seed."""
     regime, setting, seed = name.split("-")
     given = REGIMES[regime] | SETTINGS[setting]
+    given["epochs"] *= given.pop("times", 1)
     if given.get("valid"):
         given |= {"valid": held_back_rows(paths), "eval_every": VALID_EVERY}
     if "reference" in given:
         run, folder = given["reference"].split("/")
         given["reference"] = paths.out / f"{regime}-{run}-{seed}" / folder
-        given["epochs"] //= given.get("stages", 5)
+        given["stages"] = min(given.get("stages", 5), given["epochs"])
+        given["epochs"] //= given["stages"]
     return cli.TrainOptions(
         model=paths.model,
         data=paths.gsm8k / "train.jsonl",
         out=paths.out / name,
         template="alpaca",
+        device=paths.device,
         dtype="bfloat16",
         seed=int(seed),
         resume=(paths.out / name / "settings.json").is_file(),
@@ -250,7 +264,7 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def load_world(paths: Paths) -> World:
-    config, base = model.load(paths.model, dtype=torch.bfloat16)
+    config, base = model.load(paths.model, dtype=torch.bfloat16, device=choose_device(paths.device))
     tokenizer = load_tokenizer(paths.model, config.vocab_size)
     test = read_rows(paths.gsm8k / "test.jsonl")[:TEST_ROWS]
     held = read_rows(paths.gsm8k / "train.jsonl")[HELD_BACK]
@@ -325,7 +339,7 @@ def drift_scores(world: World, adapters: list[Adapter]) -> dict[str, Estimate]:
 
 
 def row_divergences(world: World, examples: Sequence[Example], adapters: list[Adapter]) -> list[float]:
-    batch = collate(examples)
+    batch = collate(examples, world.base.embed.device)
     mask = answer_mask(batch.labels)
 
     def log_probabilities(adapters: list[Adapter]) -> torch.Tensor:  # -> [n, V]

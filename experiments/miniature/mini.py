@@ -319,9 +319,10 @@ def state_squares(
     config: Config, base: Params, examples: Iterable[Example], adapters: Sequence[Adapter] = ()
 ) -> list[float]:
     """Mean square of each block's states over the positions that predict an answer token."""
-    totals, count = torch.zeros(config.num_hidden_layers), 0
+    device = base.embed.device
+    totals, count = torch.zeros(config.num_hidden_layers, device=device), 0
     for example in examples:
-        batch = collate([example])
+        batch = collate([example], device)
         mask = answer_mask(batch.labels)
         hidden = model.trunk(config, base, model.embed(base, batch.tokens), adapters)
         totals += torch.stack([state[mask].square().mean(-1).sum() for state in hidden])
