@@ -95,7 +95,7 @@ GROUPS = {
     "memory and speed": "remat compile",
     "run": "out save_every keep resume",
 }
-"""Under which title help shows an option; all others are a command's own."""
+"""Under which title help shows an option, where a command has the title's first; all its others are its own."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -259,7 +259,9 @@ def add_command(commands: Any, name: str, each: Command) -> None:
         description=f"{each.help.capitalize()}.", epilog=f"examples:{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    titles = {option: title for title, names in GROUPS.items() for option in names.split()}
+    known = {field.name for field in fields(each.options)}
+    shown = {title: names.split() for title, names in GROUPS.items() if names.split()[0] in known}
+    titles = {option: title for title, names in shown.items() for option in names}
     groups = {title: command.add_argument_group(title) for title in (*GROUPS, "others")}
     for field in fields(each.options):
         bare = field.metadata.get("positional", False)
