@@ -47,6 +47,9 @@ LABELS = {
     "sft": "SFT",
     "stopped": "SFT, its best checkpoint of every 8 steps",
     "sft_stopped": "SFT, best step",
+    "sft5e4_stopped": "SFT at 5e-4, best step",
+    "sft4e4_stopped": "SFT at 4e-4, best step",
+    "sft3e4_stopped": "SFT at 3e-4, best step",
     "sft3e4": "SFT at 3e-4",
     "sft1e4": "SFT at 1e-4",
     "lora": "LfU (LoRA) λ 5",
@@ -61,6 +64,7 @@ LABELS = {
     "reps100": "LfU (RepS) λ 100",
     "lora_stopped": "LfU (LoRA) λ 5, best step",
     "lora0.5_stopped": "LfU (LoRA) λ 0.5, best step",
+    "lora5e4_stopped": "LfU (LoRA) λ 0.5 at 5e-4, best step",
     "reps10_stopped": "LfU (RepS) λ 10, best step",
     "anchored": "Anchored, best step",
     "anchored_stopped": "Anchored to SFT's best step, best step",
@@ -112,7 +116,7 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(out: Path, regime: str) -> dict[str, Any]:
-    """The base model, each setting that has a run, and its difference from SFT."""
+    """The base model, each setting that has a run, and its difference from SFT, at its best step where this one is."""
     base = measured(out / "base")
     settings: dict[str, Any] = {"base": {name: base[name] for name in COLUMNS if name in base}} if base else {}
     runs = {}
@@ -121,7 +125,8 @@ def settings_of(out: Path, regime: str) -> dict[str, Any]:
         if known := {seed: scores for seed, scores in each.items() if scores}:
             runs[name], settings[name] = known, over_seeds(known)
     for name in runs:
-        if name != "sft" and (less := less_sft(runs[name], runs.get("sft", {}))):
+        sft = "sft_stopped" if SETTINGS[name].get("valid") else "sft"
+        if name != sft and (less := less_sft(runs[name], runs.get(sft, {}))):
             settings[name]["minus_sft"] = less
     return settings
 
@@ -226,13 +231,19 @@ def difference_table(settings: dict[str, Any]) -> str:
 def curve_table(curves: dict[str, Any], regime: str) -> str:
     """A row for each run and what was measured on its way, a column for each step."""
     runs = {name: curve for name, curve in curves.items() if name.startswith(f"{regime}-")}
-    steps = sorted({step for curve in runs.values() for way in ALONG for step in curve.get(way, {})}, key=int)
+    steps = sorted({step for curve in runs.values() for step in shown_steps(curve)}, key=int)
     rows = []
     for name, label in LABELS.items():
         for run in (f"{regime}-{name}-{seed}" for seed in SEEDS):
             ways = [kind for kind in ALONG if kind in runs.get(run, {})]
             rows += [curve_row(f"{label}, seed {run[-2:]}", runs[run], kind, steps) for kind in ways]
     return markdown(["run", "gradient", "measured", *(f"step {step}" for step in steps)], rows)
+
+
+def shown_steps(curve: dict[str, Any]) -> set[str]:
+    """Where something was scored, and where validation began and ended: it is looked at too often for a table."""
+    valid = list(curve.get("valid", {}))
+    return {*valid[:1], *valid[-1:], *(step for way in ALONG if way != "valid" for step in curve.get(way, {}))}
 
 
 def curve_row(label: str, curve: dict[str, Any], kind: str, steps: list[str]) -> list[str]:

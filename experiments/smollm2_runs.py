@@ -37,6 +37,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora500": {"method": "lfu-lora", "alpha": 0.001, "lam": 500.0},
     "reps": {"method": "lfu-reps", "alpha": 0.1, "lam": 0.1},
     "sft_stopped": {"method": "sft", "valid": True},  # at the step that is best on rows held back: OUT/best
+    "sft5e4_stopped": {"method": "sft", "learning_rate": 5e-4, "valid": True},
+    "sft4e4_stopped": {"method": "sft", "learning_rate": 4e-4, "valid": True},
+    "sft3e4_stopped": {"method": "sft", "learning_rate": 3e-4, "valid": True},
+    "lora5e4_stopped": {"method": "lfu-lora", "alpha": 0.1, "lam": 0.5, "learning_rate": 5e-4, "valid": True},
     "sft_twice": {"method": "sft", "valid": True, "times": 2},  # as many gradients as LfU, or Anchored after SFT
     "lora_stopped": {"method": "lfu-lora", "alpha": 0.1, "lam": 5.0, "valid": True},
     "lora0.5_stopped": {"method": "lfu-lora", "alpha": 0.1, "lam": 0.5, "valid": True},
@@ -100,6 +104,7 @@ RUNS = [
         (42, ("full",), (*BASELINES, "reps10", "lora0.5", "relative50")),
         (43, ("small",), ("reps10",)),
         (44, ("small",), ("reps10",)),
+        (42, ("small",), ("sft3e4_stopped", "sft4e4_stopped", "sft5e4_stopped", "lora5e4_stopped")),
         *((seed, ("small", "full"), STOPPED) for seed in (42, 43, 44)),
     )
     for regime, name in product(regimes, names)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 import matplotlib
+import numpy as np
 import pytest
 
 from experiments.figures import cost, gradients, miniature, smollm2
@@ -81,6 +82,19 @@ def test_sft_overfits_and_is_best_when_stopped() -> None:
     for sft in smollm2.curves("sft", "nll"):
         assert min(sft, key=sft.__getitem__) == 16
         assert all(sft[16] < lora[40] < sft[40] and lora[40] < lora[24] for lora in smollm2.curves("lora", "nll"))
+
+
+def test_a_slower_sft_gets_where_lfu_gets() -> None:
+    rates = [at_best(f"sft{rate}_stopped") for rate in ("3e4", "4e4", "5e4")]
+    for row in ("lora_stopped", "lora0.5_stopped", "lora5e4_stopped", "reps10_stopped"):
+        drift, held = at_best(row)
+        assert np.interp(drift, *zip(*rates)) < held + 0.01
+
+
+def at_best(row: str) -> tuple[float, float]:
+    """Drift, and NLL of the rows held back."""
+    scores = smollm2.stored("smollm2")["small"][row]
+    return scores["drift"]["mean"], scores["held"]["mean"]
 
 
 def test_only_the_default_keeps_the_gradient_at_every_alpha() -> None:

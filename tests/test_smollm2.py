@@ -102,10 +102,19 @@ def test_a_run_that_is_stopped_is_scored_at_the_step_that_is_best_on_the_rows_he
     assert read_json(run / "scores.json").keys() == whole.keys() - {"strict", "flexible"}
 
 
-def test_anchored_learning_takes_as_many_steps_from_the_run_before(paths: Paths, out: Path) -> None:
+@pytest.mark.parametrize("epochs, stages", [(20, 5), (3, 3)])
+def test_anchored_learning_takes_as_many_steps_from_the_run_before(
+    epochs: int, stages: int, paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(smollm2_runs.REGIMES["small"], "epochs", epochs)
     options = smollm2_runs.options_of(paths, "small-anchored-42")
-    assert options.epochs == SMALL["REGIMES"]["small"]["epochs"] // 5
-    assert Path(options.reference or "") == out / "small-sft_stopped-42" / "adapter"
+    assert (options.stages, options.epochs) == (stages, epochs // stages)
+    assert Path(options.reference or "") == paths.out / "small-sft_stopped-42" / "adapter"
+
+
+def test_twice_the_steps_are_twice_the_epochs(paths: Paths) -> None:
+    once, twice = (smollm2_runs.options_of(paths, f"small-{name}-42") for name in ("sft_stopped", "sft_twice"))
+    assert twice.epochs == 2 * once.epochs == 2 * SMALL["REGIMES"]["small"]["epochs"]
 
 
 def test_a_run_that_cannot_be_made_does_not_keep_the_others_from_being_made(paths: Paths, tmp_path: Path) -> None:
@@ -192,3 +201,12 @@ def test_differences_from_sft_are_paired_by_seed(tmp_path: Path) -> None:
     known = [cell.strip() for cell in cells.split("|")[1:-1]]
     # The mean of -0.1 and -0.3, ± 12.706 times its error of 0.1.
     assert known == ["LfU (LoRA) λ 5", "-0.200 [-1.471, +1.071]", *[""] * 5, "-0.250"]
+
+
+def test_a_best_step_is_compared_with_the_best_step_of_sft(tmp_path: Path) -> None:
+    for name, nll in {"sft": 1.0, "sft_stopped": 0.8, "lora_stopped": 0.7}.items():
+        for seed, more in ((42, 0.0), (43, 0.1)):
+            write_json(tmp_path / f"small-{name}-{seed}" / "scores.json", {"nll": {"mean": nll + more, "error": 0.1}})
+    settings = smollm2.gathered(tmp_path)["small"]
+    assert settings["lora_stopped"]["minus_sft"]["nll"]["mean"] == pytest.approx(-0.1)
+    assert "minus_sft" not in settings["sft_stopped"]

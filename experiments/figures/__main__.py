@@ -20,6 +20,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "sweeps": miniature.sweeps,
     "overfitting": smollm2.overfitting,
     "nll-against-drift": smollm2.nll_against_drift,
+    "best-step": smollm2.best_step,
     "precision": gradients.precision,
     "paper-and-code": gradients.paper_and_code,
     "cost": cost.cost,

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures.style import band, card, label, stored, style_of
-from experiments.palette import SFT
+from experiments.palette import PAPER, SFT
 
 PUBLISHED = {"SFT": "sft", "LfU (LoRA), λ 5": "lora", "LfU (RepS), λ 0.1": "reps"}
 """Label -> its row."""
@@ -17,6 +17,20 @@ LAMBDAS = {
 """Method -> its labels and rows; the published λ are 5 and 0.1."""
 TO_THE_LEFT = ("lora", "reps", "reps10")
 """Rows whose labels stand there."""
+RATES = {"SFT at 3e-4": "sft3e4_stopped", "SFT at 5e-4": "sft5e4_stopped", "SFT at 1e-3": "sft"}
+AT_BEST: dict[str, tuple[str, str, tuple[float, float]]] = {
+    "sft4e4_stopped": ("SFT", "SFT at 4e-4, best step", (-8, -5)),
+    "lora0.5_stopped": ("LfU (LoRA)", "LfU (LoRA), λ 0.5", (8, 0)),
+    "lora_stopped": ("LfU (LoRA)", "LfU (LoRA), λ 5", (2, 26)),
+    "lora5e4_stopped": ("LfU (LoRA)", "LfU (LoRA), λ 0.5, at 5e-4", (-8, -3)),
+    "reps10_stopped": ("LfU (RepS)", "LfU (RepS), λ 10", (-8, 0)),
+    "anchored_stopped": ("Anchored", "Anchored to SFT's best step", (10, -14)),
+    "anchored": ("Anchored", "Anchored to SFT's last step", (8, 0)),
+    "distilled": ("Distillation", "distillation from SFT", (8, 0)),
+}
+"""Row -> its method, its label and where that stands."""
+UNDER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}
+"""What keeps a label readable across a line."""
 BASELINES = {"NEFTune": "neftune", "GEM": "gem", "IM": "im"}
 
 
@@ -85,3 +99,24 @@ def draw_lambdas(panel: Axes, method: str, rows: dict[str, str]) -> None:
     panel.errorbar(drift, nll, reach, linewidth=1.2, **style)
     for (text, row), at in zip(rows.items(), zip(drift, nll)):
         label(panel, text, at, (-7, 0) if row in TO_THE_LEFT else (7, 0), color=style["color"])
+
+
+def best_step() -> Figure:
+    """Three rates of SFT step by step, and where other methods are best on the rows held back."""
+    figure, panel = card("SFT at a smaller learning rate gets where LfU gets", 5.4)
+    for (text, row), line in zip(RATES.items(), (":", "--", "-")):
+        held, drift = curves(row, "held")[0], curves(row, "drift")[0]
+        steps = [step for step in drift if held[step] < 1.02]
+        at = [drift[step] for step in steps], [held[step] for step in steps]
+        panel.plot(*at, **style_of("SFT") | {"markersize": 4, "linestyle": line})
+        label(panel, text, (at[0][-1], at[1][-1]), color=SFT, fontweight="bold")
+    for row, (method, text, offset) in AT_BEST.items():
+        scores, style = stored("smollm2")["small"][row], style_of(method)
+        at_best = scores["drift"]["mean"], scores["held"]["mean"]
+        panel.plot(*at_best, **style)
+        label(panel, text, at_best, offset, leader=abs(offset[1]) > 10, color=style["color"], bbox=UNDER)
+    panel.set_xlim(0.03, 0.2)
+    panel.set_xlabel("drift: KL(base ‖ tuned) on other prompts, nats per token")
+    panel.set_ylabel("NLL of rows held back, nats per answer token")
+    panel.set_title("SmolLM2-135M, 32 rows of GSM8K; SFT step by step, the others at their best step; one seed")
+    return figure
