@@ -93,6 +93,8 @@ STOPPED = (
     "anchored_long",
 )
 SEEDS = (42, 43, 44)
+CURVES = ("small-sft-42", "small-sft5e4_stopped-42", "small-sft3e4_stopped-42", "full-sft_stopped-42")
+"""Runs whose checkpoints have drift and the rows held back scored too: where SFT comes by on its way."""
 RUNS = [
     f"{regime}-{name}-{seed}"
     for seed, regimes, names in (
@@ -190,16 +192,19 @@ def run_one(paths: Paths, world: World, name: str) -> None:
 
 
 def fine_tuned(paths: Paths, world: World, name: str) -> list[Adapter]:
-    """Fine-tune, with the answer NLL along the way; or take the step that is best on rows held back."""
+    """Fine-tune, with scores along the way; the adapter of the last step, or of the one best on rows held back."""
     if name == "base":
         return []
     options = options_of(paths, name)
     last = cli.train(options)
-    if options.valid is not None:
-        return [adapter_of(world, last.parent / "best")]
-    for step in checkpoints(paths.out / name):
-        score_checkpoint(world, step, "nll", partial(nll_scores, rows=world.test[:CURVE_ROWS]))
-    return [adapter_of(world, last)]
+    measures: dict[str, Measure] = {}
+    if options.valid is None:
+        measures |= {"nll": partial(nll_scores, rows=world.test[:CURVE_ROWS])}
+    if name in CURVES:
+        measures |= {"held": partial(nll_scores, rows=world.held), "drift": drift_scores}
+    for step, (kind, measure) in product(checkpoints(paths.out / name), measures.items()):
+        score_checkpoint(world, step, kind, measure)
+    return [adapter_of(world, last if options.valid is None else last.parent / "best")]
 
 
 def adapter_of(world: World, folder: Path) -> Adapter:

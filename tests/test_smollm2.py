@@ -155,7 +155,10 @@ def test_what_is_gathered_has_every_setting_and_run(out: Path) -> None:
     assert data["small"]["base"]["strict"]["mean"] == 100 * read_json(out / "base" / "scores.json")["strict"]["mean"]
     curve = data["curves"]["small-sft-42"]
     assert curve["nll"]["2"] == read_json(out / "small-sft-42" / "nll-step-2.json")["nll"]["mean"]
-    assert list(curve["nll"]) == ["2", "4", "6", "8", "10"]
+    assert list(curve["nll"]) == list(curve["held"]) == list(curve["drift"]) == ["2", "4", "6", "8", "10"]
+    assert (curve["held"]["10"], curve["drift"]["10"]) == tuple(
+        data["small"]["sft"][name]["mean"] for name in ("held", "drift")
+    )
     assert list(data["curves"]["small-sft_stopped-42"]["valid"]) == ["0", "4", "8", "10"]
     assert curve["gradient"] > 0
 
