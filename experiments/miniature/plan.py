@@ -170,7 +170,7 @@ def varied(choices: Choices, row: str, name: str, values: Iterable[Any], **chang
     for value in values:
         for seed in FEW_SEEDS:
             spec = tested(choices, "math", row, seed, **changed)
-            hyper = tuple(sorted((dict(spec.hyper) | {name: value}).items()))
+            hyper = changed_hyper((spec.method, spec.learning_rate, spec.hyper), {name: value})
             specs.setdefault(value, []).append(replace(spec, hyper=hyper))
     return specs
 
@@ -218,13 +218,25 @@ def sft_rates(choices: Choices) -> dict[str, list[Spec]]:
 
 
 def faster(choices: Choices) -> dict[str, list[Spec]]:
-    """The other learning rate of the trials: where more is learned, and more forgotten."""
-    rows = ("LfU (LoRA)", "LfU (RepS)")
+    """The other learning rate of the trials, where more is learned and more forgotten, as by the reference there."""
     rate = max(TWO_RATES)
-    return {
-        f"{row} at {rate:g}": [tested(choices, "math", row, seed, learning_rate=rate) for seed in ALL_SEEDS]
-        for row in rows
+    by_sft = {"reference": ("sft", rate, ())}
+    anchored: dict[str, Any] = {"learning_rate": rate, "hyper": changed_hyper(choices["Anchored"], by_sft)}
+    changes: dict[str, tuple[str, dict[str, Any]]] = {
+        f"LfU (LoRA) at {rate:g}": ("LfU (LoRA)", {"learning_rate": rate}),
+        f"LfU (RepS) at {rate:g}": ("LfU (RepS)", {"learning_rate": rate}),
+        f"Anchored at {rate:g}": ("Anchored", anchored),
+        f"Anchored at {rate:g}, {STAGES} x {STAGE_EPOCHS} epochs": ("Anchored", anchored | {"epochs": STAGE_EPOCHS}),
     }
+    return {
+        title: [tested(choices, "math", row, seed, **changed) for seed in ALL_SEEDS]
+        for title, (row, changed) in changes.items()
+    }
+
+
+def changed_hyper(trial: Trial, changes: dict[str, Any]) -> Hyper:
+    """A trial's hyper-parameters with others in their place."""
+    return tuple(sorted((dict(trial[2]) | changes).items()))
 
 
 def epochs(choices: Choices) -> dict[str, dict[int, list[Spec]]]:
@@ -248,8 +260,7 @@ def attacks(choices: Choices) -> dict[str, list[Spec]]:
 
 def anchors(choices: Choices) -> dict[str, list[Spec]]:
     """Anchored Learning in its published length, and with LfU's adapter in place of SFT's."""
-    hyper = dict(choices["Anchored"][2])
-    by_lfu = tuple(sorted((hyper | {"reference": BY_LFU}).items()))
+    by_lfu = changed_hyper(choices["Anchored"], {"reference": BY_LFU})
     changes: dict[str, dict[str, Any]] = {
         f"Anchored, {STAGES} x {STAGE_EPOCHS} epochs": {"epochs": STAGE_EPOCHS},
         "Anchored, from LfU (LoRA)": {"hyper": by_lfu},
