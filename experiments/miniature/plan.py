@@ -170,7 +170,7 @@ def varied(choices: Choices, row: str, name: str, values: Iterable[Any], **chang
     for value in values:
         for seed in FEW_SEEDS:
             spec = tested(choices, "math", row, seed, **changed)
-            hyper = changed_hyper((spec.method, spec.learning_rate, spec.hyper), {name: value})
+            hyper = with_hyper(spec.hyper, **{name: value})
             specs.setdefault(value, []).append(replace(spec, hyper=hyper))
     return specs
 
@@ -220,8 +220,10 @@ def sft_rates(choices: Choices) -> dict[str, list[Spec]]:
 def faster(choices: Choices) -> dict[str, list[Spec]]:
     """The other learning rate of the trials, where more is learned and more forgotten, as by the reference there."""
     rate = max(TWO_RATES)
-    by_sft = {"reference": ("sft", rate, ())}
-    anchored: dict[str, Any] = {"learning_rate": rate, "hyper": changed_hyper(choices["Anchored"], by_sft)}
+    anchored: dict[str, Any] = {
+        "learning_rate": rate,
+        "hyper": with_hyper(choices["Anchored"][2], reference=("sft", rate, ())),
+    }
     changes: dict[str, tuple[str, dict[str, Any]]] = {
         f"LfU (LoRA) at {rate:g}": ("LfU (LoRA)", {"learning_rate": rate}),
         f"LfU (RepS) at {rate:g}": ("LfU (RepS)", {"learning_rate": rate}),
@@ -234,9 +236,9 @@ def faster(choices: Choices) -> dict[str, list[Spec]]:
     }
 
 
-def changed_hyper(trial: Trial, changes: dict[str, Any]) -> Hyper:
-    """A trial's hyper-parameters with others in their place."""
-    return tuple(sorted((dict(trial[2]) | changes).items()))
+def with_hyper(hyper: Hyper, **changes: Any) -> Hyper:
+    """Hyper-parameters with some of them changed, or added."""
+    return tuple(sorted((dict(hyper) | changes).items()))
 
 
 def epochs(choices: Choices) -> dict[str, dict[int, list[Spec]]]:
@@ -260,7 +262,7 @@ def attacks(choices: Choices) -> dict[str, list[Spec]]:
 
 def anchors(choices: Choices) -> dict[str, list[Spec]]:
     """Anchored Learning in its published length, and with LfU's adapter in place of SFT's."""
-    by_lfu = changed_hyper(choices["Anchored"], {"reference": BY_LFU})
+    by_lfu = with_hyper(choices["Anchored"][2], reference=BY_LFU)
     changes: dict[str, dict[str, Any]] = {
         f"Anchored, {STAGES} x {STAGE_EPOCHS} epochs": {"epochs": STAGE_EPOCHS},
         "Anchored, from LfU (LoRA)": {"hyper": by_lfu},
