@@ -12,8 +12,8 @@ Scores: answer NLL and exact match on GSM8K's test set; NLL of WikiText-2's vali
 KL(base ‖ tuned) per token on the base model's own greedy answers to 200 prompts that are not mathematics; answer NLL
 under the five prompts of the paper's appendix C.4 (which has exact match: too rare with this model); and answer NLL on
 training rows that no run trains on, to choose α and λ by, SFT's learning rate in the small regime, and when to stop it.
-Along the way every checkpoint has test NLL on fewer rows, SFT's curves have drift and the rows held back; runs that are
-stopped at their best step look at some of the rows held back instead of the test's (`lfu train --valid`).
+Along the way every checkpoint has test NLL on fewer rows, and in four runs of SFT drift and the rows held back too;
+runs that are stopped at their best step look at some of the rows held back instead (`lfu train --valid`).
 
 Read next: `smollm2_runs.py`.
 """

@@ -94,7 +94,7 @@ STOPPED = (
 )
 SEEDS = (42, 43, 44)
 CURVES = ("small-sft-42", "small-sft5e4_stopped-42", "small-sft3e4_stopped-42", "full-sft_stopped-42")
-"""Runs whose checkpoints have drift and the rows held back scored too: where SFT comes by on its way."""
+"""Runs of SFT whose checkpoints are scored by drift and by the rows held back too."""
 RUNS = [
     f"{regime}-{name}-{seed}"
     for seed, regimes, names in (
@@ -208,7 +208,7 @@ def fine_tuned(paths: Paths, world: World, name: str) -> list[Adapter]:
 
 
 def adapter_of(world: World, folder: Path) -> Adapter:
-    """Where the model is."""
+    """The adapter in a folder, on the model's device."""
     return load_adapter(folder, world.config, device=world.base.embed.device)
 
 
