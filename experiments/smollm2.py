@@ -67,7 +67,7 @@ LABELS = {
     "lora5e4_stopped": "LfU (LoRA) λ 0.5 at 5e-4, best step",
     "reps10_stopped": "LfU (RepS) λ 10, best step",
     "anchored": "Anchored, best step",
-    "anchored_stopped": "Anchored to SFT's best step, best step",
+    "anchored_stopped": "Anchored to SFT's best adapter, best step",
     "distilled": "distillation from SFT, best step",
     "sft_twice": "SFT, twice the steps, best step",
     "anchored_long": "Anchored, five times the steps, best step",

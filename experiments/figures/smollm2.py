@@ -106,7 +106,7 @@ def best_step() -> Figure:
     figure, panel = card("SFT at a smaller learning rate gets where LfU gets", 5.4)
     for (text, row), line in zip(RATES.items(), (":", "--", "-")):
         held, drift = curves(row, "held")[0], curves(row, "drift")[0]
-        steps = [step for step in drift if held[step] < 1.02]
+        steps = [step for step in drift if held[step] < 1.02]  # not SFT's first steps, far above the others
         at = [drift[step] for step in steps], [held[step] for step in steps]
         panel.plot(*at, **style_of("SFT") | {"markersize": 4, "linestyle": line})
         label(panel, text, (at[0][-1], at[1][-1]), color=SFT, fontweight="bold")

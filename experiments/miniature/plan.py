@@ -218,7 +218,7 @@ def sft_rates(choices: Choices) -> dict[str, list[Spec]]:
 
 
 def faster(choices: Choices) -> dict[str, list[Spec]]:
-    """The other learning rate of the trials, where more is learned and more forgotten, as by the reference there."""
+    """The other learning rate of the trials, where more is learned and more forgotten; also of Anchored's reference."""
     rate = max(TWO_RATES)
     anchored: dict[str, Any] = {
         "learning_rate": rate,

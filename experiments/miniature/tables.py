@@ -309,7 +309,7 @@ def frontier_tables(look_up: plan.LookUp, choices: plan.Choices) -> str:
 
 
 def beside_the_curve(choices: plan.Choices) -> dict[str, list[Spec]]:
-    """All that was chosen, LfU at the faster rate, and its sweeps of λ."""
+    """All that was chosen, LfU and Anchored Learning at the faster rate, and LfU's sweeps of λ."""
     seeds = {row: plan.ALL_SEEDS if row in plan.TRIALS else plan.FEW_SEEDS for row in choices if row != "SFT"}
     groups = {row: [chosen_spec(choices, row, seed) for seed in each] for row, each in seeds.items()}
     groups |= plan.faster(choices)

@@ -95,7 +95,7 @@ GROUPS = {
     "memory and speed": "remat compile",
     "run": "out save_every keep resume",
 }
-"""Under which title help shows an option, where a command has the title's first; all its others are its own."""
+"""Titles of help and their options. Where a command lacks a title's first option, the others stand under `others`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
